@@ -1,0 +1,88 @@
+"""Load a checkpoint into a model and an optimizer, in any layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+from mcore_core.checkpoint.folders import Checkpoint
+from mcore_core.checkpoint.state import Trainable, chunk_key, set_rng_state, sharded_state
+from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.errors import usage_error
+from mcore_core.model.names import unwrap
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a checkpoint gave beside the weights."""
+
+    common: dict[str, Any]
+    optimizer: bool
+    """The optimizer's state was restored."""
+    rng: bool
+    """The random states were restored."""
+
+
+def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> Loaded:
+    """Fill the model, and the optimizer and random states where wanted; collective.
+
+    Random states belong to a layout: in another one they are left as seeded.
+    """
+    wants_optimizer = not (options.no_load_optim or options.finetune) and run.optimizer is not None
+    if wants_optimizer and not checkpoint.training.get("has_optimizer", True):
+        raise usage_error(
+            "MC704",
+            f"{checkpoint.path} was saved with --no_save_optim: training cannot resume exactly",
+            "fix: --no_load_optim starts with a fresh optimizer, --finetune also at step 0",
+        )
+    wants_rng = (
+        not (options.no_load_rng or options.finetune)
+        and checkpoint.training.get("has_rng", True)
+        and checkpoint.training.get("layout") == str(run.layout)
+        and checkpoint.training.get("world") == run.layout.world
+    )
+    request = sharded_state(run, optimizer=wants_optimizer, rng=wants_rng, loading=True)
+    try:
+        state = dist_checkpointing.load(request, str(checkpoint.state), _strategy(options))
+    except (CheckpointingException, FileNotFoundError, KeyError, EOFError) as error:
+        raise usage_error(
+            "MC705",
+            f"{checkpoint.path} cannot be loaded",
+            f"{type(error).__name__}: {error}",
+            "fix: load another checkpoint; --no_load_optim if only the optimizer is damaged",
+        ) from error
+    for i, chunk in enumerate(run.chunks):
+        _fill(unwrap(chunk), state[chunk_key(i, run.chunks)], checkpoint)
+    if wants_optimizer:
+        run.optimizer.load_state_dict(state["optimizer"])
+    elif run.optimizer is not None:
+        run.optimizer.reload_model_params()
+    if wants_rng:
+        set_rng_state(state["rng"])
+    return Loaded(state.get("common", {}), wants_optimizer, wants_rng)
+
+
+def _fill(chunk: Any, weights: dict[str, Any], checkpoint: Checkpoint) -> None:  # noqa: ANN401
+    missing, unexpected = chunk.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise usage_error(
+            "MC705",
+            f"{checkpoint.path} does not fit this model",
+            f"missing: {', '.join(missing[:5]) or 'nothing'}",
+            f"unexpected: {', '.join(unexpected[:5]) or 'nothing'}",
+            "fix: load it with the --model it was trained from",
+        )
+
+
+def _strategy(options: CheckpointConfig) -> Any:  # noqa: ANN401
+    strategy = TorchDistLoadShardedStrategy()
+    if options.ckpt_fully_parallel_load:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return FullyParallelLoadStrategyWrapper(strategy, group)
+    return strategy

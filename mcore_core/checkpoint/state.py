@@ -1,0 +1,101 @@
+"""The sharded state of a run: weights, optimizer, random states; the same for any layout."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from mcore_core.model.names import unwrap
+
+if TYPE_CHECKING:
+    from mcore_core.parallel.topology import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """What a checkpoint is made of on this rank."""
+
+    chunks: Sequence[Any]
+    optimizer: Any
+    layout: "Layout"
+
+
+def metadata() -> dict[str, Any]:
+    """Return how megatron is to lay out sharded state: resharding to any layout is possible."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "singleton_local_shards": False,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def chunk_key(index: int, chunks: Sequence[Any]) -> str:
+    """Return the key of a pipeline chunk's weights."""
+    return "model" if len(chunks) == 1 else f"model{index}"
+
+
+def sharded_state(
+    run: Trainable, *, optimizer: bool, rng: bool, loading: bool = False
+) -> dict[str, Any]:
+    """Return the sharded state dict; collective.
+
+    Args:
+        run: Model and optimizer.
+        optimizer: Include the optimizer.
+        rng: Include this rank's random states; they can be loaded in the same layout only.
+        loading: The dict is a request to load, not something to save.
+    """
+    meta = metadata()
+    state: dict[str, Any] = {}
+    for i, chunk in enumerate(run.chunks):
+        weights = unwrap(chunk).sharded_state_dict(metadata=meta)
+        # Transformer Engine's extra state holds FP8 scales only: without it a checkpoint is the
+        # same whichever implementation wrote it
+        state[chunk_key(i, run.chunks)] = {
+            k: v for k, v in weights.items() if not k.endswith("_extra_state")
+        }
+    if optimizer and run.optimizer is not None:
+        models = state if len(run.chunks) > 1 else state["model"]
+        state["optimizer"] = run.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=meta
+        )
+    if rng:
+        state["rng"] = _rng_object(run.layout)
+    return state
+
+
+def _rng_object(layout: "Layout") -> ShardedObject:
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    shape = (layout.pp, layout.tp, layout.dp * layout.cp)
+    return ShardedObject("rng", rng_state(), shape, place, replica_id=0)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return every random state of this process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore `rng_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,87 @@
+"""`mcore export`: convert a model between Hugging Face and megatron-core."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from mcore_core.cli.prepare import Request, Session, compose_request, open_session, read_request
+from mcore_core.cli.prepared import PreparedExport
+from mcore_core.cli.render import render_options
+from mcore_core.cli.run import world_size
+from mcore_core.config.compose import RunConfig
+from mcore_core.config.export import ExportConfig
+from mcore_core.config.layout_rules import check_layout
+from mcore_core.config.option import collect_options
+from mcore_core.config.refused import check_refused
+from mcore_core.config.settle import settle
+from mcore_core.errors import Problem, UsageError
+
+USAGE = """\
+usage: mcore export --to_hf --load RUN --save DIR [--option value ...]
+       mcore export --to_mcore --model DIR --save DIR [--option value ...]
+
+Convert the weights of a checkpoint to safetensors that transformers opens, or the other way.
+
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    session = open_session([ExportConfig])
+    request = read_request(session, argv)
+    if request.arguments.help:
+        options = collect_options(session.groups).values()
+        sys.stdout.write(USAGE + render_options(options, session.defaults))
+        return 0
+    prepared = _prepare(session, request, argv)
+    from mcore_core.cli.execute import execute_export  # noqa: PLC0415  (imports torch)
+
+    return execute_export(prepared)
+
+
+def prepare(argv: Sequence[str]) -> PreparedExport:
+    """Return the export that a command line asks for. Raises UsageError with every problem."""
+    session = open_session([ExportConfig])
+    return _prepare(session, read_request(session, argv), argv)
+
+
+def _prepare(session: Session, request: Request, argv: Sequence[str]) -> PreparedExport:
+    config, _ = settle(compose_request(session, request))
+    refusals = session.refusals
+    session.manager.keep(session.active)
+    size = world_size(config, os.environ)
+    problems = [*_check(config), *check_refused(config, refusals)]
+    problems += [p for p in check_layout(config, size) if p.code not in {"MC602", "MC605"}]
+    if problems:
+        raise UsageError(problems)
+    return PreparedExport(
+        config=config,
+        manager=session.manager,
+        plugins=session.active,
+        names=request.names,
+        argv=tuple(argv),
+    )
+
+
+def _check(config: RunConfig) -> Iterator[Problem]:
+    export = config[ExportConfig]
+    if export.to_hf == export.to_mcore:
+        both = "both are given" if export.to_hf else "neither is given"
+        yield Problem(
+            "MC323",
+            f"an export goes one way, --to_hf or --to_mcore: {both}",
+            ["fix: --to_hf --load RUN --save DIR, or --to_mcore --model DIR --save DIR"],
+        )
+        return
+    needed = ("load", "save") if export.to_hf else ("model", "save")
+    for name in needed:
+        if config.get(name) is None:
+            way = "--to_hf" if export.to_hf else "--to_mcore"
+            yield Problem("MC323", f"{way} needs --{name}", [f"fix: --{name} FOLDER"])
+    for name in ("test_convert_dtype", "device_map"):
+        if config.changed(name) and not export.test_convert_precision:
+            yield Problem(
+                "MC321",
+                f"--{name} does nothing without --test_convert_precision",
+                [f"fix: add --test_convert_precision, or leave out --{name}"],
+            )

@@ -1,0 +1,24 @@
+"""Options of `mcore export`: which way to convert, and how to test the result."""
+
+from typing import ClassVar, Literal
+
+from mcore_core.config.group import ConfigGroup
+
+
+class ExportConfig(ConfigGroup):
+    """Which way to convert, and how to test the result."""
+
+    title: ClassVar[str] = "Export"
+
+    to_mcore: bool = False
+    """Convert the HF weights of model into a megatron-core checkpoint in save."""
+    to_hf: bool = False
+    """Convert the checkpoint in load into HF safetensors in save."""
+    exist_ok: bool = False
+    """Write into save even if it exists."""
+    test_convert_precision: bool = False
+    """Compare the log-probabilities of the converted model with those of transformers."""
+    test_convert_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number type of that comparison."""
+    device_map: dict[str, str | int] | None = None
+    """Where transformers puts its model for that comparison, as JSON. none: one device."""

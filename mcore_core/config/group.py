@@ -1,0 +1,37 @@
+"""One group of options: a frozen pydantic model with a title and documented fields."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigGroup(BaseModel):
+    """Base class of option groups. Field names are flat flags: `beta` is `--beta`.
+
+    The docstring under a field is its help text. Groups that share a title share a help section.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        defer_build=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+    title: ClassVar[str] = ""
+    sparse: ClassVar[bool] = False
+    """Where true, an option that nobody gave means "as the checkpoint says", whatever its default:
+    it is left out of a dumped config, so that loading the dump does not turn it into a demand."""
+
+
+def also(*aliases: str) -> dict[str, Any]:
+    """Return `json_schema_extra` for other spellings of an option."""
+    return {"aliases": list(aliases)}
+
+
+def secret() -> dict[str, Any]:
+    """Return `json_schema_extra` for an option that is never written to a file."""
+    return {"secret": True}

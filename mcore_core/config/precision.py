@@ -1,0 +1,22 @@
+"""The number type of weights and activations."""
+
+from typing import ClassVar, Literal
+
+from mcore_core.config.group import ConfigGroup
+
+
+class PrecisionConfig(ConfigGroup):
+    """The number type of weights and activations."""
+
+    title: ClassVar[str] = "Mixed Precision"
+
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Type of weights and activations. none: the checkpoint's own, which fp16 and bf16 override."""
+    fp16: bool | None = None
+    """Train in float16 with loss scaling and float32 main weights."""
+    bf16: bool | None = None
+    """Train in bfloat16 with float32 main weights."""
+    apply_query_key_layer_scaling: bool | None = None
+    """Divide attention scores by the layer's number, against overflow in float16."""
+    attention_softmax_in_fp32: bool = True
+    """Compute the softmax of attention in float32."""

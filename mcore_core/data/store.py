@@ -1,0 +1,177 @@
+"""Encoded units in one Arrow file that every process memory-maps.
+
+Arrays are list columns, numbers and strings plain ones. A file is written under a temporary name
+and renamed when complete.
+"""
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from mcore_core.errors import usage_error
+from mcore_core.protocols import Unit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class Counts:
+    """What encoding saw."""
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained: int = 0
+    """Tokens with a weight above 0."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Reason -> the first such row."""
+
+    def drop(self, reason: str, example: str) -> None:
+        """Count a row that is left out."""
+        self.rows += 1
+        self.dropped[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def keep(self, unit: Unit) -> None:
+        """Count a row that trains."""
+        self.rows += 1
+        self.kept += 1
+        self.tokens += int(unit["length"])
+        if "weights" in unit:
+            self.trained += int(np.count_nonzero(unit["weights"]))
+
+    def add(self, other: "Counts") -> None:
+        """Add what another process counted, later in the data."""
+        self.rows += other.rows
+        self.kept += other.kept
+        self.tokens += other.tokens
+        self.trained += other.trained
+        self.dropped.update(other.dropped)
+        self.examples = other.examples | self.examples
+
+    def to_json(self) -> str:
+        """Return the counts as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Counts":
+        """Read what to_json wrote."""
+        value = json.loads(text)
+        return cls(**value | {"dropped": Counter(value["dropped"])})
+
+
+def to_batch(units: Sequence[Unit]) -> Any:  # noqa: ANN401 - a pyarrow.RecordBatch
+    """Return units with equal keys as one Arrow record batch."""
+    import pyarrow as pa  # noqa: PLC0415 - start-up stays light
+
+    columns = {}
+    for key, first in units[0].items():
+        values = [unit[key] for unit in units]
+        if not isinstance(first, np.ndarray):
+            columns[key] = pa.array(values)
+            continue
+        if first.ndim != 1:
+            raise TypeError(f"unit[{key!r}] must have one dimension, it has {first.ndim}")
+        ends = np.cumsum([0, *(len(value) for value in values)]).astype(np.int32)
+        columns[key] = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(values)))
+    return pa.RecordBatch.from_pydict(columns)
+
+
+@contextmanager
+def unit_writer(path: Path) -> Iterator["UnitWriter"]:
+    """Open a writer; `path` appears, complete, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = UnitWriter(temporary)
+        yield writer
+        writer.close()
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise usage_error(
+            "MC417",
+            f"cannot write the tokenized data to {path.parent}: {error.strerror}",
+            "fix: free some space, or set MCORE_CACHE to a folder on another disk",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class UnitWriter:
+    """Writes record batches."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._stream: Any = None
+
+    def write(self, batch: Any) -> None:  # noqa: ANN401
+        """Append one batch."""
+        import pyarrow as pa  # noqa: PLC0415 - start-up stays light
+
+        if self._stream is None:
+            self._stream = pa.ipc.new_file(self._file, batch.schema)
+        self._stream.write_batch(batch)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._stream is not None:
+            self._stream.close()
+        self._file.close()
+
+
+class UnitTable(Sequence[Unit]):
+    """The units of a file, by number: dicts of read-only numpy arrays, numbers and strings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._batches: list[Any] | None = None
+        lengths = [b.column("length").to_numpy() for b in self._open()]
+        self.lengths: NDArray[np.int64] = np.concatenate(lengths).astype(np.int64)
+        self._ends = np.cumsum([len(x) for x in lengths])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_batches": None}
+
+    def _open(self) -> list[Any]:
+        if self._batches is None:
+            import pyarrow as pa  # noqa: PLC0415 - start-up stays light
+
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return self._batches
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        batch = self._open()[at]
+        row = index - (int(self._ends[at - 1]) if at else 0)
+        unit: Unit = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            value = column[row]
+            values = getattr(value, "values", None)
+            unit[name] = value.as_py() if values is None else values.to_numpy()
+        return unit

@@ -1,0 +1,393 @@
+"""Turn a conversation into token ids and the weight of each token: the chat template and its mask.
+
+Which tokens train is never guessed. Two methods, the first that applies:
+
+1. *Generation tags.* The template marks assistant turns with `{% generation %}`: those tokens.
+2. *Prefix comparison.* For the assistant turn i, `before` is the rendering of the messages before
+   it with the generation prompt (what the model is given at inference) and `after` that of the
+   messages up to it. Both must be prefixes of the whole rendering; the text between them is what
+   the model has to write. In turns before the last a template may render differently while a turn
+   is the last one (Qwen3 adds an empty think block): then the turn's own content must stand,
+   unchanged and followed by the same end of turn, where the whole rendering departs from
+   `before`. Anything else is an error that shows where the renderings part.
+
+Spans of text become tokens through the tokenizer's offsets. A token that reaches over the border
+to the prompt does not train (the model never writes it); whitespace after the end-of-turn token
+neither.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mcore_core.data.rows import Conversation, Message, RowDropped, RowError
+from mcore_core.errors import UsageError, usage_error
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcore_core.config.template import TemplateConfig
+
+type Span = tuple[int, int]
+type Ids = "NDArray[np.int32]"
+type Weights = "NDArray[np.float32]"
+
+TOO_LONG = "longer than --max_length"
+NOTHING_TRAINS = "nothing to train on"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+NO_TEMPLATE_FIX = (
+    "fix: --chat_template FILE.jinja, or --use_chat_template false to join the messages as plain "
+    "text, or give rows with a 'text' column"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample: weights[t] is the weight of predicting token t from those before it."""
+
+    input_ids: "NDArray[np.int32]"
+    weights: "NDArray[np.float32]"
+
+
+class Template:
+    """A tokenizer and the options of its chat template. Picklable."""
+
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        config: "TemplateConfig",
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        """Read the files that the options name.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            config: The template options.
+            max_length: Used where the option is none: the model's own limit.
+
+        Raises:
+            UsageError: An option cannot be used.
+        """
+        self.tokenizer = tokenizer
+        self.config = config
+        self.max_length = config.max_length or max_length
+        self.system = _system_text(config.system)
+        self.chat_template = _chat_template(tokenizer, config.chat_template)
+        self._rounds, self._ignore_empty_think = parse_loss_scale(config.loss_scale)
+        if config.truncation_strategy == "split":
+            raise usage_error(
+                "MC414",
+                "--truncation_strategy split cannot be used with conversations: the later parts of "
+                "one have no prompt",
+                "fix: --truncation_strategy delete, left or right (split is for pre-training text)",
+            )
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that changes what `encode` returns."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab())
+        parts = [
+            type(self.tokenizer).__name__,
+            vocabulary,
+            str(self.tokenizer.special_tokens_map),
+            self.chat_template,
+            self.system,
+            self.max_length,
+            self.config.truncation_strategy,
+            self.config.use_chat_template,
+            self.config.loss_scale,
+            self.config.enable_thinking,
+        ]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokenize one sample and weigh its tokens.
+
+        Returns:
+            ids and weights, both [L], L at most max_length; weights[0] is 0.
+
+        Raises:
+            RowDropped: Too long, or nothing to train on.
+            RowError: The template refuses these messages.
+            UsageError: The template cannot be masked, or the tokenizer has none.
+        """
+        if conversation.text is not None:
+            ids, weights = self._plain(conversation.text, None)
+        elif not self.config.use_chat_template:
+            ids, weights = self._joined(conversation.messages)
+        else:
+            ids, weights = self._chat(conversation)
+        if self._rounds == "all":
+            weights[:] = 1.0
+        return self._fitted(ids, weights)
+
+    def describe(self, unit: Mapping[str, Any]) -> str:
+        """Return the unit's text; what trains stands between «»."""
+        ids, trains = unit["input_ids"], np.asarray(unit["weights"]) > 0
+        borders = [0, *(np.flatnonzero(np.diff(trains)) + 1).tolist(), len(ids)]  # len(ids) >= 1
+        runs = [(self._decode(ids[a:b]), trains[a]) for a, b in pairwise(borders)]
+        return "".join(f"«{text}»" if on else text for text, on in runs)
+
+    # -- the three ways to tokens ------------------------------------------------------------------
+
+    def _plain(self, text: str, spans: Sequence[Span] | None) -> tuple[Ids, Weights]:
+        """Text as it is, the tokenizer's own BOS before it and EOS after it, each once."""
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        has_bos = bool(bos) and text.startswith(bos)
+        ids, offsets = self._tokens(text, special=not has_bos)
+        weights = np.ones(len(ids), np.float32)
+        if spans is not None:
+            weights = self._weigh(text, ids, offsets, spans)
+        if eos is not None and (not len(ids) or ids[-1] != eos):
+            ids = np.append(ids, np.int32(eos))
+            ends_trained = spans is None or bool(spans and spans[-1][1] == len(text))
+            weights = np.append(weights, np.float32(ends_trained))
+        return ids, weights
+
+    def _joined(self, messages: Sequence[Message]) -> tuple[Ids, Weights]:
+        trained = self._trained(messages)
+        text, spans = "", []
+        for i, message in enumerate(messages):
+            end = len(text) + len(message["content"])
+            if i in trained:
+                spans.append((len(text), end))
+            text += message["content"]
+        return self._plain(text, spans)
+
+    def _chat(self, conversation: Conversation) -> tuple[Ids, Weights]:
+        if self.chat_template is None:
+            raise usage_error(
+                "MC411",
+                "the tokenizer has no chat template, and the dataset's rows are conversations",
+                f"tokenizer: {self.tokenizer.name_or_path or type(self.tokenizer).__name__}",
+                NO_TEMPLATE_FIX,
+            )
+        trained = self._trained(conversation.messages)
+        if GENERATION.search(self.chat_template):
+            return self._tagged(conversation, trained)
+        text = self._render(conversation, len(conversation.messages))
+        spans = []
+        if self._rounds != "all":
+            spans = [self._turn(conversation, text, i) for i in sorted(trained)]
+        if getattr(self.tokenizer, "is_fast", False):
+            ids, offsets = self._tokens(text)
+            return ids, self._weigh(text, ids, offsets, spans)
+        return self._by_prefix(text, spans)
+
+    def _tagged(self, conversation: Conversation, trained: set[int]) -> tuple[Ids, Weights]:
+        out = self._apply(
+            conversation,
+            len(conversation.messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids = np.asarray(out["input_ids"], np.int32)
+        mask = np.asarray(out["assistant_masks"], np.float32)
+        turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        if self._rounds == "all" or trained == set(turns):
+            return ids, mask
+        edges = np.flatnonzero(np.diff(mask, prepend=0.0, append=0.0))
+        runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        if len(runs) != len(turns):
+            raise self._ambiguous(
+                f"it has {len(turns)} assistant turns, but the template's generation tags mark "
+                f"{len(runs)} stretches of tokens",
+                "so the turns that train cannot be told from those that do not",
+            )
+        for turn, (start, end) in zip(turns, runs, strict=True):
+            mask[start:end] *= turn in trained
+        return ids, mask
+
+    def _by_prefix(self, text: str, spans: Sequence[Span]) -> tuple[Ids, Weights]:
+        """For a tokenizer without offsets: prefixes of the text must be prefixes of the tokens."""
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        weights = np.zeros(len(ids), np.float32)
+        for span in spans:
+            ends = []
+            for end in span:
+                prefix = self.tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+                if list(ids[: len(prefix)]) != list(prefix):
+                    raise self._ambiguous(
+                        f"the tokens of {text[:end][-60:]!r} are not a prefix of the whole's",
+                        "and this tokenizer gives no offsets",
+                    )
+                ends.append(len(prefix))
+            weights[ends[0] : ends[1]] = 1.0
+        return ids, weights
+
+    # -- which turns, where ------------------------------------------------------------------------
+
+    def _trained(self, messages: Sequence[Message]) -> set[int]:
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        rounds = set(turns)
+        if self._rounds == "last_round":
+            users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+            rounds = {i for i in turns if i > max(users, default=-1)}
+        return {i for i in turns if messages[i].get("loss", i in rounds)}
+
+    def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
+        """Return where the assistant turn `i` stands in the whole rendering."""
+        before = self._render(conversation, i, prompt=True)
+        after = self._render(conversation, i + 1)
+        if text.startswith(before) and text.startswith(after) and len(before) <= len(after):
+            return len(before), len(after)
+        content = str(conversation.messages[i]["content"]).strip()
+        start = _common(before, text)
+        last = all(m["role"] != "assistant" for m in conversation.messages[i + 1 :])
+        if content and not last and start >= len(self._render(conversation, i)):
+            found = after.rfind(content)
+            written = after[found:] if found >= 0 else None
+            if written and text.startswith(written, start):
+                return start, start + len(written)
+        shown = after if text.startswith(before) else before
+        at = _common(shown, text)
+        raise self._ambiguous(
+            f"message {i} (assistant) is not rendered alone as within the whole conversation",
+            f"alone:  ...{shown[max(0, at - 30) : at + 50]!r}",
+            f"within: ...{text[max(0, at - 30) : at + 50]!r}",
+        )
+
+    def _ambiguous(self, *evidence: str) -> UsageError:
+        return usage_error(
+            "MC412",
+            "the chat template cannot be masked: which tokens the assistant writes is ambiguous",
+            *evidence,
+            "fix: mark the assistant's turns with {% generation %} in a --chat_template FILE, or "
+            "--loss_scale last_round to train only the last answer, or --loss_scale all",
+        )
+
+    # -- text and tokens ---------------------------------------------------------------------------
+
+    def _render(self, conversation: Conversation, stop: int, *, prompt: bool = False) -> str:
+        text = self._apply(conversation, stop, tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(text, str)
+        return text
+
+    def _apply(self, conversation: Conversation, stop: int, **options: Any) -> Any:  # noqa: ANN401
+        from jinja2.exceptions import TemplateError  # noqa: PLC0415 - start-up stays light
+
+        messages = [
+            {k: v for k, v in m.items() if k != "loss"} for m in conversation.messages[:stop]
+        ]
+        if self.config.enable_thinking is not None:
+            options["enable_thinking"] = self.config.enable_thinking
+        if conversation.tools:
+            options["tools"] = list(conversation.tools)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, **options
+            )
+        except (TemplateError, IndexError, TypeError, KeyError) as error:
+            raise RowError(f"the chat template refuses these messages: {error}") from error
+
+    def _tokens(
+        self, text: str, *, special: bool = False
+    ) -> tuple[Ids, "NDArray[np.int64] | None"]:
+        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast)
+        ids = np.asarray(out["input_ids"], np.int32)
+        offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) if fast else None
+        return ids, offsets
+
+    def _weigh(
+        self, text: str, ids: Ids, offsets: "NDArray[np.int64] | None", spans: Sequence[Span]
+    ) -> Weights:
+        weights = np.zeros(len(ids), np.float32)
+        if offsets is None:
+            return self._by_prefix(text, spans)[1]
+        special = np.isin(ids, list(self.tokenizer.all_special_ids))
+        for start, end in spans:
+            inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+            inside &= offsets[:, 1] > offsets[:, 0]
+            weights[inside] = 1.0
+            ends = np.flatnonzero(inside & special)
+            if len(ends) and not text[offsets[ends[-1], 1] : end].strip():
+                weights[ends[-1] + 1 : np.flatnonzero(inside)[-1] + 1] = 0.0
+            if self._ignore_empty_think and (found := EMPTY_THINK.match(text, start, end)):
+                weights[inside & (offsets[:, 1] <= found.end())] = 0.0
+        return weights
+
+    def _fitted(self, ids: Ids, weights: Weights) -> Encoded:
+        if self.max_length is not None and len(ids) > self.max_length:
+            match self.config.truncation_strategy:
+                case "left":
+                    ids, weights = ids[-self.max_length :], weights[-self.max_length :]
+                case "right":
+                    ids, weights = ids[: self.max_length], weights[: self.max_length]
+                case _:
+                    raise RowDropped(TOO_LONG)
+        weights = weights.copy()
+        weights[:1] = 0.0
+        if not weights.any():
+            raise RowDropped(NOTHING_TRAINS)
+        return Encoded(ids, weights)
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def parse_loss_scale(value: str) -> tuple[str, bool]:
+    """Split `last_round+ignore_empty_think`: the rounds, and whether the extra is there."""
+    rounds, _, extra = value.partition("+")
+    if rounds == "ignore_empty_think":
+        return "default", True
+    return rounds, extra == "ignore_empty_think"
+
+
+def _common(a: str, b: str) -> int:
+    """Return how many characters at their beginnings are equal."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
+
+
+def _system_text(value: str | None) -> str | None:
+    if value is None or not value.endswith(".txt"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise usage_error(
+            "MC413",
+            f"--system {value}: {error.strerror or error}",
+            "fix: give an existing .txt file, or the text itself",
+        ) from error
+
+
+def _chat_template(tokenizer: Any, file: str | None) -> str | None:  # noqa: ANN401
+    if file is None:
+        try:
+            return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+        except ValueError:  # several named templates and no default
+            return None
+    from jinja2 import TemplateSyntaxError  # noqa: PLC0415 - start-up stays light
+    from transformers.utils.chat_template_utils import (  # noqa: PLC0415 - imports torch
+        _compile_jinja_template,
+    )
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        _compile_jinja_template(text)
+    except OSError as error:
+        raise usage_error(
+            "MC413", f"--chat_template {file}: {error.strerror or error}", "fix: name a jinja file"
+        ) from error
+    except TemplateSyntaxError as error:
+        raise usage_error(
+            "MC413",
+            f"--chat_template {file}:{error.lineno}: {error.message}",
+            "fix: correct the line",
+        ) from error
+    return text

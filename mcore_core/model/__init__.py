@@ -1,0 +1,1 @@
+"""Building and running a model on megatron-core."""

@@ -1,0 +1,203 @@
+"""From an architecture and the options of a run to megatron modules: the one builder."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.transformer.enums import AttnBackend
+
+from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.model import ModelConfig
+from mcore_core.config.precision import PrecisionConfig
+from mcore_core.config.train import TrainConfig
+from mcore_core.model.config import SUBLAYERS, DecoderConfig
+from mcore_core.model.decoder import Decoder
+from mcore_core.model.norm import Norm
+from mcore_core.model.rope import Rope
+from mcore_core.model.specs import stack_spec
+
+if TYPE_CHECKING:
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.parallel.topology import Layout
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+"""HF's `hidden_act` -> function."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """Everything that decides what is built; the same on every rank."""
+
+    architecture: "Architecture"
+    layout: "Layout"
+    stage_layers: Sequence[int]
+    """HF layers of each pipeline chunk, in model order."""
+    dtype: torch.dtype
+    transformer_engine: bool
+    max_length: int | None = None
+    """Longest sequence of the run; fixes rope types that depend on it."""
+    padded_vocab: int | None = None
+    """None: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks."""
+        tp = self.layout.tp
+        return self.padded_vocab or math.ceil(self.architecture.vocab_size / tp) * tp
+
+    @property
+    def pattern(self) -> str:
+        """The hybrid pattern with | between pipeline chunks."""
+        return "|".join("*-" * count for count in self.stage_layers)
+
+
+def decoder_config(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> DecoderConfig:
+    """Return the TransformerConfig of this run."""
+    shape, layout = plan.architecture, plan.layout
+    train, distributed, model = config[TrainConfig], config[DistributedConfig], config[ModelConfig]
+    precision = config[PrecisionConfig]
+    fused = not on_cpu
+    values: dict[str, Any] = {
+        "num_layers": shape.num_layers * SUBLAYERS,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "layernorm_epsilon": shape.norm_epsilon,
+        "normalization": shape.normalization,
+        "gated_linear_unit": shape.gated,
+        "activation_func": ACTIVATIONS[shape.activation],
+        "activation_func_clamp_value": model.activation_func_clamp_value,
+        "glu_linear_offset": model.glu_linear_offset,
+        "add_bias_linear": shape.add_bias_linear,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "softmax_type": shape.softmax_type,
+        "attention_dropout": shape.attention_dropout,
+        "hidden_dropout": shape.hidden_dropout,
+        "init_method_std": shape.initializer_range,
+        "apply_query_key_layer_scaling": bool(precision.apply_query_key_layer_scaling),
+        "attention_softmax_in_fp32": precision.attention_softmax_in_fp32,
+        # layouts
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.sp,
+        "pipeline_dtype": plan.dtype,
+        "params_dtype": plan.dtype,
+        "bf16": plan.dtype is torch.bfloat16,
+        "fp16": plan.dtype is torch.float16,
+        # packed rows of unequal length over pipeline stages
+        "variable_seq_lengths": layout.pp > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        # the interleaved schedule is silently wrong over gloo with megatron's own flags
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
+        "microbatch_group_size_per_vp_stage": (
+            distributed.microbatch_group_size_per_virtual_pipeline_stage
+        ),
+        "deallocate_pipeline_outputs": True,
+        "tp_comm_overlap": distributed.tp_comm_overlap,
+        # kernels
+        "transformer_impl": "transformer_engine" if plan.transformer_engine else "local",
+        "attention_backend": _backend(train.attention_backend),
+        "attention_kernel": train.attention_backend,
+        "use_cpu_initialization": train.use_cpu_initialization or on_cpu,
+        "gradient_accumulation_fusion": (
+            plan.transformer_engine and not train.no_gradient_accumulation_fusion
+        ),
+        "bias_dropout_fusion": fused and not train.no_bias_dropout_fusion,
+        "bias_activation_fusion": (
+            fused
+            and shape.activation in ("silu", "swish")
+            and shape.gated
+            and not train.no_bias_swiglu_fusion
+            and model.activation_func_clamp_value is None
+        ),
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,  # ours reads positions from the row
+        "persist_layer_norm": False,
+        "calculate_per_token_loss": True,  # losses are sums; the kernel divides
+        "deterministic_mode": train.deterministic_mode,
+        "architecture": shape,
+        "rope": _rope(plan, train),
+        **_recompute(train),
+        **(train.megatron_extra_kwargs or {}),
+    }
+    return DecoderConfig(**{k: v for k, v in values.items() if v is not None or k == "rope"})
+
+
+def _rope(plan: ModelPlan, train: TrainConfig) -> Rope | None:
+    if plan.architecture.position_embedding_type != "rope":
+        return None
+    return Rope(
+        plan.architecture, max_length=plan.max_length, fused=not (train.no_rope_fusion or False)
+    )
+
+
+def _backend(name: str) -> AttnBackend:
+    return AttnBackend.__members__.get(name, AttnBackend.auto)
+
+
+def _recompute(train: TrainConfig) -> dict[str, Any]:
+    """Translate recomputation; numbers of layers are HF layers, megatron counts positions."""
+    match train.recompute_granularity:
+        case "full":
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": train.recompute_method or "uniform",
+                "recompute_num_layers": (train.recompute_num_layers or 1) * SUBLAYERS,
+            }
+        case "selective":
+            return {
+                "recompute_granularity": "selective",
+                "recompute_modules": list(train.recompute_modules),
+            }
+        case _:
+            return {}
+
+
+def build_chunks(plan: ModelPlan, config: DecoderConfig) -> list[Decoder]:
+    """Return this pipeline rank's chunks, initialized at random. Needs megatron's groups."""
+    if not plan.transformer_engine:
+        # HybridStack takes its final norm from the module, not from its spec
+        hybrid_block.TENorm = Norm
+    spec = stack_spec(config, transformer_engine=plan.transformer_engine)
+    pp, rank = plan.layout.pp, parallel_state.get_pipeline_model_parallel_rank()
+    chunks = []
+    for virtual in range(plan.layout.vpp or 1):
+        index = virtual * pp + rank
+        chunk = Decoder(
+            config,
+            spec,
+            vocab_size=plan.padded_vocab_size,
+            max_sequence_length=plan.architecture.max_position_embeddings,
+            hybrid_layer_pattern=plan.pattern,
+            pre_process=index == 0,
+            post_process=index == plan.layout.stages - 1,
+            share_embeddings_and_output_weights=plan.architecture.tie_word_embeddings,
+            position_embedding_type="none",
+            vp_stage=virtual if plan.layout.vpp else None,
+        )
+        chunk.first_layer = sum(plan.stage_layers[:index])
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,45 @@
+"""Megatron's TransformerConfig plus what our own layers read from it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.model.rope import Rope
+
+SUBLAYERS = 2
+"""Positions of the hybrid pattern that one HF layer takes: attention, then MLP."""
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):  # type: ignore[misc]
+    """The configuration of one decoder. Its layer numbers count pattern positions, from 1."""
+
+    architecture: "Architecture | None" = None
+    attention_kernel: str = "auto"
+    """auto and flash: the fused kernel where it can be used; unfused: one segment at a time."""
+    rope: "Rope | None" = field(default=None, repr=False)
+
+    def hf_layer(self, layer_number: int) -> int:
+        """Return the HF layer, from 0, of a pattern position, from 1."""
+        return (layer_number - 1) // SUBLAYERS
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many earlier tokens a query of an HF layer sees; None for all."""
+        shape = self.architecture
+        assert shape is not None
+        if shape.window_size is None or layer not in shape.window_layers:
+            return None
+        return shape.window_size - 1
+
+    def rope_of(self, layer: int) -> "Rope | None":
+        """Return the rotary table of an HF layer; None for a layer without positions."""
+        return self.rope
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderConfig":
+        """Copy shallowly: callbacks and tables in it are shared."""
+        copied: DecoderConfig = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied

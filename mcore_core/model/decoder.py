@@ -1,0 +1,53 @@
+"""The decoder: megatron's HybridModel whose forward pass ends in hidden states."""
+
+from typing import Any
+
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from torch import Tensor
+
+from mcore_core.model.head import HeadLayer
+from mcore_core.model.packed import PackedRow
+
+
+class Decoder(HybridModel):  # type: ignore[misc]
+    """One pipeline chunk: embedding, layers and final norm, as far as this chunk has them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # HybridModel builds its output layer by class name and always computes logits in it;
+            # the same module as a HeadLayer keeps the weight, its sharding and its hooks
+            self.output_layer.__class__ = HeadLayer
+
+    def forward(self, tokens_T: Tensor, row: PackedRow) -> Tensor:
+        """Run this chunk.
+
+        Args:
+            tokens_T: Token ids of this rank's part of the row.
+            row: The packed row.
+
+        Returns:
+            Hidden states [T, 1, H] (with sequence parallelism, T / tp of them).
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens_T.unsqueeze(0), position_ids=None)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=None,
+            packed_seq_params=row,
+        )
+        if self.post_process:
+            hidden, _ = self.output_layer(hidden)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def head_weight(self) -> Tensor:
+        """Return this rank's rows of the output weight [V / tp, H]."""
+        weight: Tensor = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight

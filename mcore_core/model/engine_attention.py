@@ -1,0 +1,55 @@
+"""Transformer Engine's attention with rotary embeddings from the packed row."""
+
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mcore_core.model.config import DecoderConfig
+    from mcore_core.model.packed import PackedRow
+
+
+def engine_can(config: "DecoderConfig") -> bool:
+    """Return whether Transformer Engine's kernel serves every layer; else ours does.
+
+    Windows chosen by layer, sinks and context parallelism over packed rows run in our attention,
+    where they are tested.
+    """
+    windows = config.architecture is not None and config.architecture.window_size is not None
+    plain = config.softmax_type == "vanilla" and not windows
+    return plain and config.context_parallel_size == 1
+
+
+class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
+    """TEDotProductAttention that rotates queries and keys first, as CoreAttention does."""
+
+    def __init__(self, config: "DecoderConfig", layer_number: int, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(config, layer_number, *args, **kwargs)
+        self.rotary = config.rope_of(config.hf_layer(layer_number))
+
+    def forward(
+        self,
+        query: "Tensor",
+        key: "Tensor",
+        value: "Tensor",
+        attention_mask: "Tensor | None",
+        attn_mask_type: Any,  # noqa: ANN401
+        packed_seq_params: "PackedRow | None" = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> "Tensor":
+        """Attend within each sequence of a packed row; shapes as in CoreAttention."""
+        assert packed_seq_params is not None, "attention runs on packed rows"
+        if self.rotary is not None:
+            query, key = self.rotary.apply(query, key, packed_seq_params)
+        out: Tensor = super().forward(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+        return out

@@ -1,0 +1,296 @@
+"""Hidden states to log-probabilities (and a loss) in chunks of tokens, vocab-parallel.
+
+No [tokens, vocabulary] tensor in float32 exists beyond one chunk. A *token-local* loss is called on
+each chunk while its logits are at hand, so one pass gives loss and gradients without recomputation;
+any other loss gets the log-probabilities of all tokens, and the backward pass recomputes logits.
+
+Shapes: T tokens, C tokens of a chunk, V this rank's vocabulary rows, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from mcore_core.protocols import HeadOut, HeadSpec, LossOutput
+
+CHUNK_BYTES = 256 * 2**20
+"""How much one [C, V] buffer may take."""
+
+type ChunkLoss = Callable[[HeadOut, slice], LossOutput]
+"""Log-probabilities of the tokens of a slice -> their share of the loss."""
+
+
+class HeadLayer(ColumnParallelLinear):  # type: ignore[misc]
+    """An output layer that owns its weight and returns hidden states: the head reads both.
+
+    It is called in the model's forward pass, so hooks on it (parameter gathering) still run.
+    """
+
+    def forward(self, input_: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        """Return the hidden states as they are."""
+        return input_, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabRange:
+    """Which vocabulary rows this tensor-parallel rank holds."""
+
+    start: int
+    """Global id of this rank's first row."""
+    rows: int
+    """Rows of the real vocabulary here; what padding adds is left out of every sum."""
+    group: Any = None
+    """The tensor-parallel group; None on one rank."""
+
+    def reduce(self, values: Tensor, *, largest: bool = False) -> None:
+        """Sum (or take the maximum) over the ranks, in place."""
+        if self.group is not None and self.group.size() > 1:
+            op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+            dist.all_reduce(values, op=op, group=self.group)
+
+
+def _peak(logits_CV: Tensor) -> Tensor:
+    return logits_CV.amax(-1).float()
+
+
+def _sums(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
+    """Return sum(exp(x)) and sum(x exp(x)) of x = (logits - peak) / temperature, [2, C]."""
+    x = (logits_CV.float() - peak_C.unsqueeze(-1)) / temperature
+    e = x.exp()
+    return torch.stack((e.sum(-1), (x * e).sum(-1)))
+
+
+def _sum(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
+    """Return sum(exp(x)) alone, [1, C]."""
+    x = (logits_CV.float() - peak_C.unsqueeze(-1)) / temperature
+    return x.exp().sum(-1).unsqueeze(0)
+
+
+def _slope(logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float) -> Tensor:
+    """Return -grad * softmax / temperature, the dense part of d loss / d logits."""
+    p = ((logits_CV.float() - peak_C.unsqueeze(-1)) / t - lse_C.unsqueeze(-1)).exp()
+    return (p * (-grad_C / t).unsqueeze(-1)).to(logits_CV.dtype)
+
+
+@cache
+def _kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
+    """Return the element-wise parts; compiled on a GPU, where each becomes one pass over logits."""
+    functions: dict[str, Callable[..., Tensor]] = {
+        "peak": _peak,
+        "sum": _sum,
+        "sums": _sums,
+        "slope": _slope,
+    }
+    if fused:
+        return {n: torch.compile(f, dynamic=False) for n, f in functions.items()}
+    return functions
+
+
+class _Chunk:
+    """Logits of C tokens, their log-probabilities, and the way back."""
+
+    def __init__(
+        self,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        targets_C: Tensor,
+        vocab: VocabRange,
+        spec: HeadSpec,
+    ) -> None:
+        self.kernels = _kernels(hidden_CH.is_cuda)
+        self.hidden_CH, self.weight_VH, self.temperature = hidden_CH, weight_VH, spec.temperature
+        self.logits_CV = hidden_CH @ weight_VH.t()
+        self.peak_C = self.kernels["peak"](self.logits_CV)
+        vocab.reduce(self.peak_C, largest=True)
+        local_C = targets_C - vocab.start
+        self.mine_C = (local_C >= 0) & (local_C < vocab.rows)
+        self.index_C1 = local_C.clamp(0, max(vocab.rows - 1, 0)).unsqueeze(-1)
+        picked_C = self.logits_CV.gather(-1, self.index_C1).squeeze(-1).float() - self.peak_C
+        picked_C = torch.where(self.mine_C, picked_C / spec.temperature, 0.0)
+        kernel = self.kernels["sums" if spec.entropy else "sum"]
+        sums = torch.cat((kernel(self.logits_CV, self.peak_C, spec.temperature), picked_C[None]))
+        vocab.reduce(sums)
+        self.lse_C = sums[0].log()
+        self.logps_C = sums[-1] - self.lse_C
+        self.entropy_C = self.lse_C - sums[1] / sums[0] if spec.entropy else None
+
+    def d_logits(self, grad_C: Tensor) -> Tensor:
+        """Return the gradient of the logits from that of the log-probabilities."""
+        slope_CV = self.kernels["slope"](
+            self.logits_CV, self.peak_C, self.lse_C, grad_C, self.temperature
+        )
+        hit_C = torch.where(self.mine_C, grad_C / self.temperature, 0.0).to(slope_CV.dtype)
+        return slope_CV.scatter_add_(-1, self.index_C1, hit_C.unsqueeze(-1))
+
+
+class _Gradients:
+    """Accumulates the gradients of hidden states and weight over chunks."""
+
+    def __init__(self, hidden_TH: Tensor, weight_VH: Tensor, *, hidden: bool, weight: bool) -> None:
+        self.hidden_TH = torch.empty_like(hidden_TH) if hidden else None
+        self.weight_VH: Tensor | None = None
+        if weight:
+            # float32 over chunks; the sum is rounded to the parameter's dtype once
+            self.weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+
+    def add(self, chunk: _Chunk, where: slice, grad_C: Tensor) -> None:
+        """Add what one chunk contributes."""
+        d_logits_CV = chunk.d_logits(grad_C)
+        if self.hidden_TH is not None:
+            torch.mm(d_logits_CV, chunk.weight_VH, out=self.hidden_TH[where])
+        if self.weight_VH is not None:
+            rows = self.weight_VH[: d_logits_CV.shape[1]]
+            if d_logits_CV.dtype is torch.float32:
+                rows.addmm_(d_logits_CV.t(), chunk.hidden_CH)
+            else:
+                rows += torch.mm(d_logits_CV.t(), chunk.hidden_CH)
+
+
+def chunks_of(tokens: int, vocab_rows: int, element_size: int) -> Iterator[slice]:
+    """Yield equal-sized slices of tokens whose logits fit CHUNK_BYTES."""
+    size = max(16, CHUNK_BYTES // max(1, vocab_rows * element_size))
+    for start in range(0, tokens, size):
+        yield slice(start, min(tokens, start + size))
+
+
+class _LocalLoss(torch.autograd.Function):
+    """Sum of a token-local loss; its gradients are computed in the forward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,  # noqa: ANN401
+        hidden_TH: Tensor,
+        weight: Tensor,
+        targets_T: Tensor,
+        vocab: VocabRange,
+        spec: HeadSpec,
+        loss: ChunkLoss,
+        sink: "dict[str, tuple[Tensor, Tensor]]",
+    ) -> tuple[Tensor, Tensor]:
+        weight_VH = weight[: vocab.rows]
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        training = wants_hidden or wants_weight
+        grads = _Gradients(hidden_TH, weight, hidden=wants_hidden, weight=wants_weight)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+        count = torch.zeros_like(total)
+        pieces = list(chunks_of(len(targets_T), vocab.rows, hidden_TH.element_size()))
+        for where in pieces or [slice(0, 0)]:
+            if not pieces:  # nothing trains here: the loss still says what it counts
+                empty = HeadOut(logps_T=hidden_TH.new_zeros(0, dtype=torch.float32))
+                out = loss(empty, where)
+                total, count = total + out.total, count + out.count
+                _gather_metrics(sink, out)
+                break
+            chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], vocab, spec)
+            logps_C = chunk.logps_C.requires_grad_(training)
+            with torch.set_grad_enabled(training):
+                out = loss(HeadOut(logps_T=logps_C, entropy_T=chunk.entropy_C), where)
+            if training:
+                (grad_C,) = torch.autograd.grad(out.total, logps_C)
+                grads.add(chunk, where, grad_C)
+            total, count = total + out.total.detach(), count + out.count
+            _gather_metrics(sink, out)
+        ctx.hidden_grad, ctx.weight_grad = grads.hidden_TH, grads.weight_VH
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(count)
+        return total, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+        hidden, weight = ctx.hidden_grad, ctx.weight_grad
+        ctx.hidden_grad = ctx.weight_grad = None
+        if hidden is not None:
+            hidden = hidden.mul_(grad.to(hidden.dtype))
+        if weight is not None:
+            weight = weight.mul_(grad.to(weight.dtype)).to(ctx.weight_dtype)
+        return hidden, weight, None, None, None, None, None
+
+
+def _gather_metrics(sink: dict[str, tuple[Tensor, Tensor]], out: LossOutput) -> None:
+    for name, (total, count) in out.metrics.items():
+        a, b = sink.get(name, (0.0, 0.0))
+        sink[name] = (a + total.detach().double(), b + count.detach().double())
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """Log-probabilities (and entropies) of all tokens; the backward pass recomputes logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,  # noqa: ANN401
+        hidden_TH: Tensor,
+        weight: Tensor,
+        targets_T: Tensor,
+        vocab: VocabRange,
+        spec: HeadSpec,
+    ) -> tuple[Tensor, Tensor]:
+        weight_VH = weight[: vocab.rows]
+        tokens = len(targets_T)
+        logps_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TH.device)
+        entropy_T = torch.empty_like(logps_T) if spec.entropy else logps_T.new_empty(0)
+        for where in chunks_of(tokens, vocab.rows, hidden_TH.element_size()):
+            chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], vocab, spec)
+            logps_T[where] = chunk.logps_C
+            if chunk.entropy_C is not None:
+                entropy_T[where] = chunk.entropy_C
+        ctx.save_for_backward(hidden_TH, weight, targets_T)
+        ctx.vocab, ctx.spec = vocab, HeadSpec(temperature=spec.temperature)
+        ctx.mark_non_differentiable(entropy_T)
+        return logps_T, entropy_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+        hidden_TH, weight, targets_T = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grads = _Gradients(hidden_TH, weight, hidden=wants_hidden, weight=wants_weight)
+        weight_VH = weight[: ctx.vocab.rows]
+        for where in chunks_of(len(targets_T), ctx.vocab.rows, hidden_TH.element_size()):
+            chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], ctx.vocab, ctx.spec)
+            grads.add(chunk, where, grad_T[where])
+        weight_grad = None if grads.weight_VH is None else grads.weight_VH.to(weight.dtype)
+        return grads.hidden_TH, weight_grad, None, None, None
+
+
+def log_probabilities(
+    hidden_TH: Tensor, weight: Tensor, targets_T: Tensor, *, vocab: VocabRange, spec: HeadSpec
+) -> HeadOut:
+    """Return the log-probability of each target, and the entropy where `spec` asks for it.
+
+    Args:
+        hidden_TH: Hidden states of the tokens, the same on every tensor-parallel rank.
+        weight: This rank's rows of the output weight, [V or more, H].
+        targets_T: Global token ids, int64.
+        vocab: Which rows `weight` holds.
+        spec: Temperature and whether entropies are wanted.
+
+    Returns:
+        Values in nats, float32. The gradient of `hidden_TH` is this rank's part of it: the caller
+        sums it over tensor-parallel ranks.
+    """
+    logps_T, entropy_T = _LogProbabilities.apply(hidden_TH, weight, targets_T, vocab, spec)  # type: ignore[no-untyped-call]
+    return HeadOut(logps_T=logps_T, entropy_T=entropy_T if spec.entropy else None)
+
+
+def local_loss(
+    hidden_TH: Tensor,
+    weight: Tensor,
+    targets_T: Tensor,
+    loss: ChunkLoss,
+    *,
+    vocab: VocabRange,
+    spec: HeadSpec,
+) -> LossOutput:
+    """Return the sum of a token-local loss over all tokens, chunk by chunk.
+
+    Arguments as in `log_probabilities`; `loss` maps the log-probabilities of a slice of the tokens
+    to its share. `total` is differentiable in `hidden_TH` and `weight`, float64.
+    """
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    total, count = _LocalLoss.apply(hidden_TH, weight, targets_T, vocab, spec, loss, metrics)  # type: ignore[no-untyped-call]
+    return LossOutput(total, count, metrics)

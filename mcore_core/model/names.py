@@ -1,0 +1,58 @@
+"""Canonical parameter names: layers as the HF model counts them, the same for every layout.
+
+`decoder.layers.{l}` holds attention and MLP of HF layer l, whatever positions they take in the
+hybrid pattern, on which pipeline chunk, and whether a norm is fused into the linear after it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from mcore_core.model.config import SUBLAYERS
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+_FUSED = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def unwrap(chunk: Any) -> Any:  # noqa: ANN401
+    """Return the Decoder inside DDP and precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def canonical(name: str, first_layer: int) -> str:
+    """Return the canonical name of a parameter of a chunk whose first HF layer is given."""
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    rest = found[2]
+    for fused, plain in _FUSED.items():
+        if rest.startswith(fused):
+            rest = plain + rest.removeprefix(fused)
+    return f"decoder.layers.{first_layer + int(found[1]) // SUBLAYERS}.{rest}"
+
+
+def named_weights(chunks: Sequence[Any]) -> dict[str, nn.Parameter]:
+    """Return this rank's parameters by canonical name.
+
+    With tied embeddings the copy that the last pipeline stage holds for its head has the name of
+    the embedding: it is the same weight, and must be loaded with the same values.
+    """
+    return dict(_iterate(chunks))
+
+
+def _iterate(chunks: Sequence[Any]) -> Iterable[tuple[str, nn.Parameter]]:
+    for wrapped in chunks:
+        chunk = unwrap(wrapped)
+        for name, parameter in chunk.named_parameters():
+            full = canonical(name, chunk.first_layer)
+            if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                full = EMBEDDING
+            yield full, parameter

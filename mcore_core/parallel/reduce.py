@@ -1,0 +1,93 @@
+"""The only reductions: sums over a sequence's context-parallel parts, and sums over all ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce forward and backward: every rank's loss may depend on the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN401
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+@dataclass(frozen=True, slots=True)
+class RowReduce:
+    """Implements protocols.Reduce for one micro-batch."""
+
+    seq_T: Tensor
+    owns_S: Tensor
+    cp_group: Any = None
+
+    def per_seq(self, values_T: Tensor) -> Tensor:
+        """Sum over each sequence, also where context parallelism splits it. Returns [S]."""
+        total_S = values_T.new_zeros(len(self.owns_S)).index_add(0, self.seq_T, values_T)
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            total_S = _SumOverRanks.apply(total_S, self.cp_group)  # type: ignore[no-untyped-call]
+        return total_S
+
+    def take(self, index: slice | Tensor) -> "RowReduce":
+        """Return the same for a selection of this rank's tokens."""
+        return RowReduce(self.seq_T[index], self.owns_S, self.cp_group)
+
+
+def sum_over_data(values: Tensor) -> Tensor:
+    """Sum over data- and context-parallel ranks, in place; every pipeline stage has its own."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return values
+
+
+def sum_shares(
+    shares: Mapping[str, tuple[Tensor, Tensor]], names: list[str] | None, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Sum every rank's (sum, count) shares; collective over all ranks.
+
+    Only tensor-parallel rank 0 of the last pipeline stage contributes, since the others hold copies
+    or nothing. `names` is the agreed order where the caller knows it; None: rank 0 of the last
+    stage tells it.
+    """
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    contributes = last and parallel_state.get_tensor_model_parallel_rank() == 0
+    if names is None:
+        names = _agree(sorted(shares) if last else None)
+    flat = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
+    if contributes:
+        for i, name in enumerate(names):
+            total, count = shares.get(name, (0.0, 0.0))
+            flat[2 * i], flat[2 * i + 1] = total, count
+    dist.all_reduce(flat)
+    pairs = flat.tolist()
+    return {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(names)}
+
+
+def _agree(names: list[str] | None) -> list[str]:
+    """Return the names that the last pipeline stage has, on every rank."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return names or []
+    box: list[list[str] | None] = [names]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
+    return box[0] or []
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set on some rank; collective."""
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,236 @@
+"""What plugins implement and the kernel calls. Typing only: torch is imported for checkers.
+
+Shapes: T tokens of one packed row, S sequences in it, V vocabulary, H hidden size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.context import RunContext
+    from mcore_core.data.template import Template
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.model.family import Family
+
+type Row = dict[str, Any]
+"""One row of a dataset, as the source gives it."""
+type Unit = dict[str, Any]
+"""One encoded training unit (a sample, a pair, a prompt): scalars, strings and numpy arrays.
+
+`length` is required: the number of tokens it takes in a packed row.
+"""
+type RowTransform = Callable[[Row], Row | None]
+type ModelChunk = Any
+type Optimizer = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch as one packed row. Recipes subclass it to carry more.
+
+    Every field whose name ends in `_T` holds one value a token; the kernel pads it (with zeros),
+    slices it for context parallelism and moves it to the device. Fields ending in `_S` hold one
+    value a sequence and are moved as they are.
+    """
+
+    tokens_T: "Tensor"
+    """Token ids, int64."""
+    targets_T: "Tensor"
+    """What each position predicts, int64: the next token of its own sequence; 0 at the end."""
+    weights_T: "Tensor"
+    """How much each target counts, float32; 0 where nothing trains. Shifted as targets_T is."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, in order; they sum to T."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSpec:
+    """What a loss needs to know about each token's distribution."""
+
+    entropy: bool = False
+    """Also compute the entropy of the distribution (no gradient)."""
+    temperature: float = 1.0
+    """Divides the logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOut:
+    """What the head computed, float32, for this rank's tokens."""
+
+    logps_T: "Tensor"
+    """Log-probability of each target, in nats."""
+    entropy_T: "Tensor | None" = None
+    """Entropy of each position's distribution, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A sum and what to divide it by: this rank's share of both.
+
+    Summed over micro-batches, data-parallel and context-parallel ranks they are the whole; the
+    kernel divides once. `count` may depend on the batch only, not on what the model computed: the
+    kernel asks for it before the forward pass.
+    """
+
+    total: "Tensor"
+    count: "Tensor"
+    metrics: "Mapping[str, tuple[Tensor, Tensor]]" = field(default_factory=dict)
+    """Name -> (sum, count), shares as above."""
+
+
+class Reduce(Protocol):
+    """The only communication a loss may do."""
+
+    seq_T: "Tensor"
+    """Index of the sequence that each of this rank's tokens belongs to, int64."""
+    owns_S: "Tensor"
+    """True where this rank holds the sequence's first token: the rank that counts it."""
+
+    def per_seq(self, values_T: "Tensor") -> "Tensor":
+        """Sum over each sequence, also where context parallelism splits it; differentiable [S]."""
+
+
+class LossFn(Protocol):
+    """A pure function of tensors: no process groups, no state, no logging."""
+
+    def __call__(self, out: HeadOut, batch: Any, reduce: Reduce, /) -> LossOutput:  # noqa: ANN401
+        """Return the summed loss of this micro-batch."""
+
+
+class Recipe[B: Batch](Protocol):
+    """One training method. The kernel owns the step; a recipe never sees groups or devices."""
+
+    models: ClassVar[tuple[str, ...]]
+    """Which models the kernel loads: "policy", then perhaps "ref" or "teacher"."""
+    head: HeadSpec
+    token_local: bool
+    """True where `loss` treats every token by itself: it is then called on chunks of tokens."""
+
+    def __init__(self, config: "RunConfig", template: "Template") -> None:
+        """Keep what encoding and the loss need."""
+
+    def encode(self, row: Row) -> Unit | None:
+        """Turn a row into a unit; None drops it. Raises RowError for a malformed row."""
+
+    def prepare(self, units: list[Unit], run: "StepRun") -> Iterator[list[Unit]]:
+        """Yield the units of each optimizer step over the global batch."""
+
+    def collate(self, units: list[Unit]) -> B:
+        """Return one micro-batch, packed."""
+
+    def loss(self, out: HeadOut, batch: B, reduce: Reduce, /) -> LossOutput:
+        """Return this micro-batch's share of the loss."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs beyond the model and the data cursor."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+
+
+class StepRun(Protocol):
+    """What `Recipe.prepare` may ask of the kernel."""
+
+    step: int
+    training: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion of one prompt."""
+
+    row: Row
+    text: str
+    token_ids: Sequence[int]
+    logps: Sequence[float]
+    finished: bool
+    policy_step: int
+
+
+class RewardFn(Protocol):
+    """Scores a batch; None means "does not apply to this row"."""
+
+    def __call__(self, rollouts: Sequence[Rollout], /) -> Sequence[float | None]:
+        """Return one score for each rollout, in order."""
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with the newest weights it was given."""
+
+    def generate(self, rows: Sequence[Row], *, n: int) -> list[Rollout]:
+        """Return n rollouts for each row, grouped by row."""
+
+    def update_weights(self, weights: "Iterable[tuple[str, Tensor]]", *, step: int) -> None:
+        """Take HF-named weights; generate() uses them from now on."""
+
+    def close(self) -> None:
+        """Free the devices."""
+
+
+class Bridge(Protocol):
+    """Moves weights between Hugging Face safetensors and megatron-core, by a family's table."""
+
+    def __init__(self, family: "Family", architecture: "Architecture") -> None:
+        """Derive the plans from the table."""
+
+    def load(self, chunks: Sequence[ModelChunk], path: Path) -> None:
+        """Fill this rank's parameters from the folder. Raises UsageError naming every problem."""
+
+    def save(
+        self, chunks: Sequence[ModelChunk], path: Path, *, max_shard_size: int, source: Path | None
+    ) -> None:
+        """Write an HF checkpoint; collective. `source` gives config.json and tokenizer files."""
+
+    def export(self, chunks: Sequence[ModelChunk]) -> "Iterator[tuple[str, Tensor]]":
+        """Yield full HF-named tensors, in the same order on every rank; collective."""
+
+
+class Tuner(Protocol):
+    """Decides which parameters train and what is saved."""
+
+    def apply(self, chunks: Sequence[ModelChunk], config: "RunConfig") -> Sequence[ModelChunk]:
+        """Wrap or freeze parameters, before the optimizer exists."""
+
+    def export(self, chunks: Sequence[ModelChunk], path: Path) -> None:
+        """Write the trained part in its interchange format."""
+
+
+class DatasetLoader(Protocol):
+    """Opens a dataset reference."""
+
+    def __call__(self, path: str, *, streaming: bool) -> Iterable[Row]:
+        """Return the rows."""
+
+
+class Reporter(Protocol):
+    """A metric sink, built on the main rank. An error in log() is warned about; training goes on.
+
+    `log` is called every `log_interval` steps and after each evaluation (names begin with "eval/").
+    """
+
+    def __init__(self, run: "RunContext") -> None:
+        """Open the sink."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one step."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step produced, already reduced over all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    """Tokens of the global batch, padding not counted."""
+    seconds: float
+    metrics: Mapping[str, float]

@@ -1,0 +1,115 @@
+"""One micro-batch through the model, the head and the recipe's loss.
+
+Megatron's schedules call `ForwardStep`; nothing else here knows them. A loss is a sum: it is scaled
+by one over the global count before the backward pass, so gradients need no division afterwards and
+auxiliary losses are not divided by what the main loss happens to count.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from mcore_core.model.head import VocabRange, local_loss, log_probabilities
+from mcore_core.model.names import unwrap
+from mcore_core.protocols import HeadOut, LossOutput
+from mcore_core.train.place import Placed, select
+
+if TYPE_CHECKING:
+    from mcore_core.model.build import ModelPlan
+    from mcore_core.protocols import Recipe
+
+type Shares = dict[str, tuple[Tensor, Tensor]]
+
+
+def vocab_range(plan: "ModelPlan") -> VocabRange:
+    """Return which rows of the real vocabulary this tensor-parallel rank holds."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    size = plan.padded_vocab_size // group.size()
+    start = group.rank() * size
+    rows = max(0, min(size, plan.architecture.vocab_size - start))
+    return VocabRange(start=start, rows=rows, group=group)
+
+
+class ForwardStep:
+    """Called by megatron's schedules with an iterator of placed micro-batches."""
+
+    def __init__(self, recipe: "Recipe[Any]", plan: "ModelPlan") -> None:
+        self.recipe = recipe
+        self.vocab = vocab_range(plan)
+        self.sequence_parallel = plan.layout.sp
+        self.scale = 1.0
+        """One over the count of the global batch."""
+        half = plan.dtype is not torch.float32
+        self._arguments: dict[str, Any] = {"fp32_output": False} if half else {}
+
+    def __call__(
+        self, batches: Iterator[Placed], chunk: Any, *_: object  # noqa: ANN401
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Shares]]]:
+        """Run one chunk on the next micro-batch; return its output and the loss function of it."""
+        placed = next(batches)
+        hidden = chunk(placed.batch.tokens_T, placed.row, **self._arguments)
+        return hidden, partial(self._finish, placed, chunk)
+
+    def _finish(
+        self, placed: Placed, chunk: Any, hidden: Tensor  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor, Shares]:
+        out = self.loss(placed, chunk, hidden)
+        shares: Shares = {"loss": (out.total.detach(), out.count.detach()), **out.metrics}
+        # megatron is told one token: it neither divides nor scales by its own count
+        one = torch.ones((), dtype=torch.int, device=hidden.device)
+        return (out.total * self.scale).float(), one, shares
+
+    def loss(self, placed: Placed, chunk: Any, hidden: Tensor) -> LossOutput:  # noqa: ANN401
+        """Return this rank's share of the micro-batch's loss.
+
+        Args:
+            placed: The micro-batch.
+            chunk: The last pipeline chunk.
+            hidden: Its output, [T, 1, H] or, with sequence parallelism, [T / tp, 1, H].
+        """
+        weight = unwrap(chunk).head_weight()
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        hidden_TH = hidden.squeeze(1)
+        batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
+        if not recipe.token_local:
+            out = log_probabilities(
+                hidden_TH, weight, batch.targets_T, vocab=self.vocab, spec=recipe.head
+            )
+            return recipe.loss(out, batch, reduce)
+        # a token without weight changes nothing in a token-local loss: its logits are never made
+        kept = placed.trained
+        batch, reduce = select(batch, kept), reduce.take(kept)
+
+        def of_slice(out: HeadOut, where: slice) -> LossOutput:
+            return recipe.loss(out, select(batch, where), reduce.take(where))
+
+        return local_loss(
+            hidden_TH.index_select(0, kept),
+            weight,
+            batch.targets_T,
+            of_slice,
+            vocab=self.vocab,
+            spec=recipe.head,
+        )
+
+    def count(self, placed: Placed) -> Tensor:
+        """Return this rank's share of the count, which depends on the batch only."""
+        batch, reduce = placed.batch, placed.reduce
+        if self.recipe.token_local:
+            batch, reduce = select(batch, placed.trained), reduce.take(placed.trained)
+        zeros_T = torch.zeros(len(batch.targets_T), device=batch.targets_T.device)
+        entropy_T = zeros_T if self.recipe.head.entropy else None
+        with torch.no_grad():
+            out = self.recipe.loss(HeadOut(logps_T=zeros_T, entropy_T=entropy_T), batch, reduce)
+        return out.count.double()

@@ -1,0 +1,109 @@
+"""Lay a micro-batch out for this rank: pad its sequences, take this rank's tokens, move them.
+
+Shapes: T tokens of the whole row before this module and of this rank's part after it; S sequences.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mcore_core.model.packed import PackedRow, zigzag_index
+from mcore_core.parallel.reduce import RowReduce
+from mcore_core.protocols import Batch
+
+if TYPE_CHECKING:
+    from mcore_core.parallel.topology import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """One micro-batch as this rank computes it."""
+
+    batch: Batch
+    """Fields ending in `_T` hold this rank's tokens, padding included."""
+    row: PackedRow
+    reduce: RowReduce
+    trained: Tensor
+    """Which of this rank's tokens have a weight, as indices."""
+    tokens: int
+    """Tokens of the whole micro-batch, padding not counted."""
+
+
+def select(batch: Batch, index: Tensor | slice) -> Batch:
+    """Return the batch with every per-token field reduced to the tokens of `index`."""
+    return _map_tokens(batch, lambda values_T: values_T[index])
+
+
+def _map_tokens(batch: Batch, function: Any) -> Batch:  # noqa: ANN401
+    names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_T")]
+    changed = {n: function(v) for n in names if (v := getattr(batch, n)) is not None}
+    return dataclasses.replace(batch, **changed)
+
+
+def padded_lengths(lengths: tuple[int, ...], layout: "Layout") -> list[int]:
+    """Return the length of each sequence after padding; at least one sequence, never empty."""
+    step = layout.seq_multiple
+    padded = [-(-n // step) * step for n in lengths] or [max(step, layout.row_multiple)]
+    padded[-1] += -sum(padded) % layout.row_multiple
+    return padded
+
+
+def place(
+    batch: Batch,
+    layout: "Layout",
+    device: torch.device,
+    *,
+    cp_rank: int = 0,
+    cp_group: Any = None,  # noqa: ANN401
+) -> Placed:
+    """Return this rank's part of a micro-batch, on the device.
+
+    Sequences are padded to `layout.seq_multiple` and the row to `layout.row_multiple`; every
+    per-token field is 0 on padding, so nothing there counts.
+    """
+    padded = padded_lengths(batch.lengths, layout)
+    real = list(batch.lengths) or [0]
+    cu = [0, *accumulate(padded)]
+    source = torch.full((cu[-1],), -1, dtype=torch.long)
+    position = torch.zeros(cu[-1], dtype=torch.long)
+    sequence = torch.zeros(cu[-1], dtype=torch.long)
+    taken = 0
+    for i, (start, length, full) in enumerate(zip(cu, real, padded, strict=False)):
+        source[start : start + length] = torch.arange(taken, taken + length)
+        position[start : start + full] = torch.arange(full)
+        sequence[start : start + full] = i
+        taken += length
+    mine = zigzag_index(cu, cp_rank, layout.cp)
+    source, position, sequence = source[mine], position[mine], sequence[mine]
+    is_real = source >= 0
+
+    def gather(values_T: Tensor) -> Tensor:
+        if not len(values_T):
+            return values_T.new_zeros(len(source))
+        picked_T = values_T[source.clamp(min=0)]
+        return torch.where(is_real, picked_T, torch.zeros_like(picked_T))
+
+    local = _map_tokens(batch, gather)
+    trained = local.weights_T.nonzero().squeeze(-1)
+    owns_S = torch.zeros(len(real), dtype=torch.bool)
+    owns_S[sequence[(position == 0) & is_real]] = True
+    return Placed(
+        batch=_to_device(local, device),
+        row=PackedRow.build(cu, position.to(device, non_blocking=True)),
+        reduce=RowReduce(sequence.to(device), owns_S.to(device), cp_group),
+        trained=trained.to(device),
+        tokens=sum(batch.lengths),
+    )
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    moved = {
+        f.name: value.to(device, non_blocking=True)
+        for f in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, f.name), Tensor)
+    }
+    return dataclasses.replace(batch, **moved)

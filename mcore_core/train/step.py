@@ -1,0 +1,205 @@
+"""One optimizer step over a global batch, and one evaluation pass: the only users of schedules."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mcore_core.failure import RunFailure
+from mcore_core.parallel.reduce import sum_over_data, sum_shares
+from mcore_core.protocols import StepResult, Unit
+from mcore_core.train.forward import ForwardStep, Shares
+from mcore_core.train.place import Placed, place
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from mcore_core.model.build import ModelPlan
+    from mcore_core.protocols import Recipe
+
+
+@dataclass(slots=True)
+class Timers:
+    """Host seconds of the parts of the last step."""
+
+    place: float = 0.0
+    forward_backward: float = 0.0
+    optimizer: float = 0.0
+
+
+class Stepper:
+    """Runs steps of one model under one recipe."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        recipe: "Recipe[Any]",
+        plan: "ModelPlan",
+        device: torch.device,
+        *,
+        optimizer: Any = None,  # noqa: ANN401
+        schedule: "OptimizerParamScheduler | None" = None,
+    ) -> None:
+        self.chunks, self.recipe, self.plan, self.device = list(chunks), recipe, plan, device
+        self.optimizer, self.schedule = optimizer, schedule
+        self.forward = ForwardStep(recipe, plan)
+        self.schedule_function = get_forward_backward_func()
+        self.timers = Timers()
+        self.config = self.chunks[0].config
+        self.config.finalize_model_grads_func = _finalize
+        if optimizer is not None:
+            self.config.grad_scale_func = optimizer.scale_loss
+        synced = [c for c in self.chunks if hasattr(c, "no_sync")]
+        if synced and synced[0].ddp_config.overlap_grad_reduce:
+            self._overlap(synced)
+
+    def _overlap(self, synced: list[Any]) -> None:
+        """Tell the schedules how to hold back and start the reductions."""
+        several = len(synced) > 1
+        self.config.no_sync_func = [c.no_sync for c in synced] if several else synced[0].no_sync
+        if self.plan.layout.vpp is not None:
+            starts = [c.start_grad_sync for c in synced]
+            self.config.grad_sync_func = starts if several else starts[0]
+        if synced[0].ddp_config.overlap_param_gather and self.plan.layout.vpp is not None:
+            gathers = [c.start_param_sync for c in synced]
+            self.config.param_sync_func = gathers if several else gathers[0]
+
+    def place(self, micros: Sequence[list[Unit]]) -> list[Placed]:
+        """Collate and lay out this rank's micro-batches."""
+        rank = parallel_state.get_context_parallel_rank()
+        group = parallel_state.get_context_parallel_group()
+        return [
+            place(
+                self.recipe.collate(units),
+                self.plan.layout,
+                self.device,
+                cp_rank=rank,
+                cp_group=group,
+            )
+            for units in micros
+        ]
+
+    def train(self, micros: Sequence[list[Unit]], step: int) -> StepResult:
+        """Take one optimizer step.
+
+        Args:
+            micros: The units of each of this rank's micro-batches.
+            step: Number of this step, from 1.
+
+        Raises:
+            RunFailure: The loss is not finite, or nothing in the global batch trains.
+        """
+        begin = time.perf_counter()
+        placed = self.place(micros)
+        count = self._count(placed)
+        if count <= 0:
+            raise RunFailure(
+                "MC801",
+                f"step {step}: no token of the global batch trains",
+                "every target of every sequence has weight 0; see --loss_scale and the data",
+            )
+        self.forward.scale = 1.0 / count
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.timers.place = time.perf_counter() - begin
+        shares = self._run(placed, forward_only=False)
+        totals = self._totals(shares, placed)
+        self.timers.forward_backward = time.perf_counter() - begin - self.timers.place
+        loss = totals["loss"][0] / count
+        if not math.isfinite(loss):
+            raise RunFailure(
+                "MC802",
+                f"step {step}: the loss is {loss}",
+                "the optimizer step was not taken: checkpoints hold finite weights",
+                "fix: lower --lr, check the data, or train in --torch_dtype bfloat16 or float32",
+            )
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        assert self.schedule is not None
+        self.schedule.step(1)
+        self.timers.optimizer = (
+            time.perf_counter() - begin - self.timers.place - self.timers.forward_backward
+        )
+        return StepResult(
+            loss=loss,
+            grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
+            lr=float(lr),
+            tokens=int(totals["tokens"][0]),
+            seconds=time.perf_counter() - begin,
+            metrics=_means(totals),
+        )
+
+    def evaluate(self, batches: Iterator[Sequence[list[Unit]]]) -> dict[str, float]:
+        """Return the loss and metrics over all batches, weighted by their counts. Collective."""
+        sums: dict[str, tuple[float, float]] = {}
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            for micros in batches:
+                placed = self.place(micros)
+                with torch.no_grad():
+                    shares = self._run(placed, forward_only=True)
+                for name, (total, count) in self._totals(shares, placed).items():
+                    a, b = sums.get(name, (0.0, 0.0))
+                    sums[name] = (a + total, b + count)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+        if not sums:
+            return {}
+        total, count = sums["loss"]
+        return {"loss": total / count if count else float("nan"), **_means(sums)}
+
+    def _count(self, placed: list[Placed]) -> float:
+        counts = [self.forward.count(p) for p in placed]
+        total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
+        return float(sum_over_data(total.to(self.device)))
+
+    def _run(self, placed: list[Placed], *, forward_only: bool) -> list[Shares]:
+        iterators = [iter(placed) for _ in self.chunks]
+        shares: list[Shares] = self.schedule_function(
+            forward_step_func=self.forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(placed),
+            seq_length=len(placed[0].batch.tokens_T) if placed else 1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return shares
+
+    def _totals(
+        self, shares: list[Shares], placed: list[Placed]
+    ) -> dict[str, tuple[float, float]]:
+        """Sum the shares of all micro-batches and ranks."""
+        summed: Shares = {}
+        for share in shares:
+            for name, (total, count) in share.items():
+                a, b = summed.get(name, (0.0, 0.0))
+                summed[name] = (a + total.double(), b + count.double())
+        if parallel_state.get_context_parallel_rank() == 0:  # its parts see the same rows
+            tokens = torch.tensor(float(sum(p.tokens for p in placed)), dtype=torch.float64)
+        else:
+            tokens = torch.zeros((), dtype=torch.float64)
+        summed["tokens"] = (tokens, torch.ones((), dtype=torch.float64))
+        return sum_shares(summed, None, self.device)
+
+
+def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+    """Reduce gradients; losses were scaled already, so nothing is divided."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {
+        name: total / count if count else float("nan")
+        for name, (total, count) in totals.items()
+        if name not in ("loss", "tokens")
+    }

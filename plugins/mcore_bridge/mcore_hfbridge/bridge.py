@@ -1,0 +1,54 @@
+"""The bridge that the kernel calls: a plan from a family's table, and what is derived from it."""
+
+from typing import TYPE_CHECKING
+
+from mcore_hfbridge.export import export
+from mcore_hfbridge.load import load
+from mcore_hfbridge.plan import Plan
+from mcore_hfbridge.ranks import Ranks
+from mcore_hfbridge.save import save
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.model.family import Family
+    from mcore_core.protocols import ModelChunk
+
+
+class HFBridge:
+    """Moves weights between Hugging Face safetensors and megatron-core; see protocols.Bridge."""
+
+    def __init__(self, family: "Family", architecture: "Architecture") -> None:
+        self.plan = Plan(family, architecture)
+
+    def load(self, chunks: "Sequence[ModelChunk]", path: "Path") -> None:
+        """Fill this rank's parameters; collective. Raises UsageError naming every problem."""
+        weights = _weights(chunks)
+        load(self.plan, weights, path, Ranks.of(weights))
+
+    def save(
+        self,
+        chunks: "Sequence[ModelChunk]",
+        path: "Path",
+        *,
+        max_shard_size: int,
+        source: "Path | None",
+    ) -> None:
+        """Write an HF checkpoint; collective. Files hold at most `max_shard_size` bytes."""
+        weights = _weights(chunks)
+        save(self.plan, weights, path, Ranks.of(weights), max_shard_size, source)
+
+    def export(self, chunks: "Sequence[ModelChunk]") -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield full HF-named tensors, in the same order on every rank; collective."""
+        weights = _weights(chunks)
+        yield from export(self.plan, weights, Ranks.of(weights))
+
+
+def _weights(chunks: "Sequence[ModelChunk]") -> "dict[str, torch.nn.Parameter]":
+    from mcore_core.model.names import named_weights  # noqa: PLC0415  (imports megatron)
+
+    return named_weights(chunks)

@@ -1,0 +1,1 @@
+"""One file a family: which HF configs it reads, and its table."""

@@ -1,0 +1,116 @@
+"""Fills this rank's parameters from safetensors, reading only the slices that it holds."""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mcore_core.errors import Problem, UsageError
+from mcore_hfbridge.hf_files import BYTES, HFFiles
+from mcore_hfbridge.ranks import Ranks, agree
+
+if TYPE_CHECKING:
+    from mcore_core.model.family import Piece
+    from mcore_hfbridge.plan import Plan, Weight
+
+BUCKET = 64 * 2**20
+"""Bytes read at once."""
+
+
+def load(plan: "Plan", weights: Mapping[str, torch.Tensor], path: Path, ranks: Ranks) -> None:
+    """Fill `weights` from the folder; collective. Raises UsageError naming every problem."""
+    problems: list[Problem] = []
+    files = None
+    try:
+        files = HFFiles.scan(path)
+        problems += plan.check_files(files)
+    except UsageError as error:
+        problems += error.problems
+    for _, held in ranks.members:
+        unfit = [p for n, h in held.items() if (p := plan.check_shape(n, h.shape, ranks.tp_size))]
+        problems += unfit
+    problems += plan.check_complete({n for _, held in ranks.members for n in held})
+    agree(problems)
+    assert files is not None
+    try:
+        with files.reading(), torch.no_grad():
+            for name, weight in weights.items():
+                problems += fill(
+                    files, plan.weights[name], weight.detach(), ranks.tp_rank, ranks.tp_size
+                )
+    except UsageError as error:
+        problems += error.problems
+    agree(problems)
+
+
+def fill(
+    files: HFFiles, weight: "Weight", local: torch.Tensor, rank: int, size: int
+) -> list[Problem]:
+    """Read one rank's part of one weight. Returns copies in the files that are not equal."""
+    if weight.rule.pad:
+        local.zero_()
+    problems = []
+    copies = [c for c in weight.rule.hf_copies if c in files.tensors]
+    for pieces in _by_tensor(weight.pieces(tuple(local.shape), rank, size)):
+        name = weight.hf[pieces[0].hf]
+        for piece, box in _read(files, name, pieces):
+            local[piece.slices] = box.to(local.dtype)
+            for copy in copies:
+                other = to_weight(files.read(copy, piece.hf_slices), piece)
+                if not torch.equal(other, box):
+                    problems.append(_unequal(files, copy, name))
+    return problems
+
+
+def to_weight(box: torch.Tensor, piece: "Piece") -> torch.Tensor:
+    """Return a box of an HF tensor with the axes of the weight, as a view."""
+    turned = box.permute(*piece.axes, *piece.fixed)
+    for _ in piece.fixed:
+        turned = turned.squeeze(-1)
+    return turned
+
+
+def _by_tensor(pieces: "list[Piece]") -> "Iterator[list[Piece]]":
+    ordered = sorted(pieces, key=lambda p: p.hf)
+    yield from (list(group) for _, group in groupby(ordered, key=lambda p: p.hf))
+
+
+def _read(
+    files: HFFiles, name: str, pieces: "list[Piece]"
+) -> "Iterator[tuple[Piece, torch.Tensor]]":
+    """Yield each piece with its data: in one read where they fit a bucket, else piece by piece."""
+    low = [min(p.hf_slices[k].start for p in pieces) for k in range(len(pieces[0].at))]
+    high = [max(p.hf_slices[k].stop for p in pieces) for k in range(len(low))]
+    width = BYTES[files.tensors[name].dtype]
+    size = prod(b - a for a, b in zip(low, high, strict=True)) * width
+    if size <= BUCKET:
+        around = files.read(name, tuple(map(slice, low, high)))
+        for piece in pieces:
+            inner = tuple(
+                slice(s.start - a, s.stop - a) for s, a in zip(piece.hf_slices, low, strict=True)
+            )
+            yield piece, to_weight(around[inner], piece)
+        return
+    for piece in pieces:
+        for part in split(piece, BUCKET // width):
+            yield part, to_weight(files.read(name, part.hf_slices), part)
+
+
+def split(piece: "Piece", numel: int) -> "Iterator[Piece]":
+    """Yield a piece in parts along the weight's first axis, each of about `numel` elements."""
+    rows = max(1, numel // max(1, piece.numel // piece.size[0]))
+    for start in range(0, piece.size[0], rows):
+        part = piece.cut(0, piece.to[0] + start, piece.to[0] + start + rows)
+        assert part is not None
+        yield part
+
+
+def _unequal(files: HFFiles, copy: str, name: str) -> Problem:
+    return Problem(
+        "MC534",
+        f"{files.folder}: the model's embeddings are tied, and {copy!r} differs from {name!r}",
+        ["fix: set tie_word_embeddings to false in config.json, or remove the copy"],
+    )

@@ -1,0 +1,173 @@
+"""A family's table, spelled out for one architecture, and the check that nothing is left over."""
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING
+
+from mcore_core.errors import Problem
+from mcore_hfbridge.hf_files import BYTES, HFFiles, HFTensor
+
+if TYPE_CHECKING:
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.model.family import Family, Piece, Rule, Shape
+
+_OPTIONS = "fix: check the model options; if they are right, the family is at fault"
+SHOWN = 50
+"""Problems listed one by one; more are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One megatron-core weight: a rule at one value of its wildcards."""
+
+    name: str
+    rule: "Rule"
+    index: Mapping[str, int]
+    hf: tuple[str, ...]
+    """Names of the HF tensors it is made of."""
+
+    def pieces(self, local_shape: "Shape", rank: int, size: int) -> "list[Piece]":
+        """Return what `rank` of `size` holds of the HF tensors."""
+        rows = local_shape[0] * (size if self.rule.shard.dim == 0 else 1) if self.rule.pad else None
+        return self.rule.local_pieces(self.index, rows, rank, size)
+
+    def misfit(self, local_shape: "Shape", size: int) -> str:
+        """Return what is wrong with the shape of one rank's part, or an empty string."""
+        shape, shard = self.rule.shape, self.rule.shard
+        if self.rule.pad:
+            rows = local_shape[0] * (size if shard.dim == 0 else 1)
+            if rows < shape[0]:
+                return f"at least {shape[0]} rows in all, found {rows}"
+            shape = (rows, *shape[1:])
+        if not shard.divides(shape, size):
+            return f"{list(shape)} to be divisible over {size} ranks along axis {shard.dim}"
+        expected = shard.local_shape(shape, size)
+        if expected != tuple(local_shape):
+            return f"{list(expected)}, found {list(local_shape)}"
+        return ""
+
+
+@dataclass(slots=True)
+class HFPart:
+    """One HF tensor, and the weights that hold its boxes."""
+
+    name: str
+    shape: "Shape"
+    held_by: list[tuple[str, int]] = field(default_factory=list)
+    """(weight, position among that weight's HF tensors)."""
+    copies: tuple[str, ...] = ()
+
+
+class Plan:
+    """Every weight and every HF tensor of a model, each derived from the other by pieces."""
+
+    def __init__(self, family: "Family", architecture: "Architecture") -> None:
+        self.family = family
+        self.weights: dict[str, Weight] = {}
+        self.hf: dict[str, HFPart] = {}
+        """In the order of export: layer by layer."""
+        rules = family.rules(architecture)
+        # Neighbours with the same wildcards are spelled out together, one layer after another.
+        for _, run in groupby(rules, key=lambda r: {k: tuple(v) for k, v in r.over.items()}):
+            for instances in zip(*(_instances(rule) for rule in run), strict=True):
+                for weight in instances:
+                    self._add(weight)
+        self._check_table()
+
+    def _add(self, weight: Weight) -> None:
+        if weight.name in self.weights:
+            raise ValueError(f"family {self.family.name}: two rules for {weight.name!r}")
+        self.weights[weight.name] = weight
+        for i, (name, shape) in enumerate(zip(weight.hf, weight.rule.shapes, strict=True)):
+            part = self.hf.setdefault(name, HFPart(name, shape, [], weight.rule.hf_copies))
+            part.held_by.append((weight.name, i))
+
+    def _check_table(self) -> None:
+        """Raise ValueError where the table itself loses elements: a mistake of its author."""
+        sizes = dict.fromkeys(self.hf, 0)
+        for weight in self.weights.values():
+            for piece in weight.pieces(weight.rule.shape, 0, 1):
+                sizes[weight.hf[piece.hf]] += piece.numel
+        for name, part in self.hf.items():
+            if sizes[name] != prod(part.shape):
+                raise ValueError(
+                    f"family {self.family.name}: the rules of {name!r} move {sizes[name]} of its "
+                    f"{prod(part.shape)} elements"
+                )
+
+    def check_files(self, files: HFFiles) -> list[Problem]:
+        """Return every tensor that is missing, left over, or of another shape or kind."""
+        problems = [
+            Problem(
+                "MC530",
+                f"{files.folder} lacks the tensor {name!r}: expected {list(part.shape)}, found "
+                "nothing",
+                [f"{part.held_by[0][0]} is made of it", "fix: use a complete checkpoint"],
+            )
+            for name, part in self.hf.items()
+            if name not in files.tensors
+        ]
+        allowed = self.hf | {c: p for p in self.hf.values() for c in p.copies}
+        for name, tensor in files.tensors.items():
+            if any(re.fullmatch(i.pattern, name) for i in self.family.ignored):
+                continue
+            if found := self._misfit(tensor, allowed.get(name)):
+                code, why, fix = found
+                where = files.folder / tensor.file
+                problems.append(Problem(code, f"{where}: {name!r} {why}", [f"fix: {fix}"]))
+        return problems
+
+    def _misfit(self, tensor: HFTensor, part: HFPart | None) -> tuple[str, str, str] | None:
+        """Return code, reason and fix where a tensor of a file is not as the table has it."""
+        belong = "check that config.json and the model options belong to these weights"
+        if part is None:
+            why = f"has no place in family {self.family.name!r}: expected no such tensor, found "
+            return "MC531", why + f"{list(tensor.shape)}", belong
+        if tensor.shape != part.shape:
+            why = f"has another shape: expected {list(part.shape)}, found {list(tensor.shape)}"
+            return "MC532", why, belong
+        if tensor.dtype not in BYTES:
+            why = f"has another type: expected {', '.join(BYTES)}, found {tensor.dtype}"
+            return "MC535", why, "use the original, unquantized weights"
+        return None
+
+    def check_shape(self, name: str, shape: "Shape", tp_size: int) -> Problem | None:
+        """Return what is wrong with one rank's part of a weight."""
+        weight = self.weights.get(name)
+        why = weight.misfit(shape, tp_size) if weight else f"no such weight, found {list(shape)}"
+        if not why:
+            return None
+        return Problem(
+            "MC533",
+            f"the model's weight {name!r} does not fit family {self.family.name!r}: expected {why}",
+            [_OPTIONS],
+        )
+
+    def check_complete(self, held: Set[str]) -> list[Problem]:
+        """Return every weight of the table that no rank holds."""
+        return [
+            Problem(
+                "MC533",
+                f"the model has no weight {name!r}: expected {list(weight.rule.shape)} from "
+                f"{', '.join(weight.hf)}, found nothing",
+                [_OPTIONS],
+            )
+            for name, weight in self.weights.items()
+            if name not in held
+        ]
+
+
+def shorten(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems, the same one once, with the tail counted where they are too many."""
+    unique = list({str(p): p for p in problems}.values())
+    if len(unique) <= SHOWN:
+        return unique
+    rest = Problem("MC530", f"and {len(unique) - SHOWN} more problems like these")
+    return [*unique[:SHOWN], rest]
+
+
+def _instances(rule: "Rule") -> list[Weight]:
+    return [Weight(name, rule, index, hf) for index, hf, name in rule.expand()]

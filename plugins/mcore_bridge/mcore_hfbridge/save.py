@@ -1,0 +1,170 @@
+"""Writes an HF checkpoint: each file gathered to and written by one rank, in turn."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from errno import ENOSPC
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mcore_core.errors import Problem, UsageError
+from mcore_core.model.resolve import read_hf_config
+from mcore_hfbridge.export import assemble, bytes_of, pack
+from mcore_hfbridge.hf_files import INDEX, SINGLE
+from mcore_hfbridge.ranks import agree
+
+if TYPE_CHECKING:
+    from mcore_hfbridge.plan import Plan
+    from mcore_hfbridge.ranks import Ranks
+
+BUCKET = 256 * 2**20
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates",
+    "*.tiktoken",
+    "*.py",
+)
+"""What is copied from the source folder beside config.json, as patterns."""
+
+
+def save(
+    plan: "Plan",
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    ranks: "Ranks",
+    max_shard_size: int,
+    source: Path | None,
+) -> None:
+    """Write the folder; collective. On an error the folder keeps the files it had."""
+    agree(_make_folder(path))
+    sizes = bytes_of(plan, ranks)
+    files = _named(list(pack(sizes, max_shard_size)))
+    mine = [f for k, f in enumerate(files) if k % ranks.replicas == ranks.replica]
+    problems: list[Problem] = []
+    written: list[str] = []
+    # A round: every rank of the replica gathers one file, then all write at the same time.
+    for start in range(0, len(mine), ranks.size):
+        tensors: dict[str, torch.Tensor] = {}
+        for writer, file in enumerate(mine[start : start + ranks.size]):
+            for bucket in pack({n: sizes[n] for n in files[file]}, BUCKET):
+                tensors |= assemble(plan, weights, ranks, bucket, to=writer)
+        if tensors:
+            file = mine[start + ranks.rank]
+            problems += _write(tensors, path / _partial(file))
+            written.append(file)
+    main = ranks.rank == 0 and ranks.replica == 0
+    try:
+        agree(problems)
+    except BaseException:
+        for file in written:
+            (path / _partial(file)).unlink(missing_ok=True)
+        raise
+    for file in written:
+        (path / _partial(file)).replace(path / file)
+    agree([])
+    agree(_finish(plan, path, files, sizes, ranks, source) if main else [])
+
+
+def _named(runs: list[list[str]]) -> dict[str, list[str]]:
+    """Return file name -> tensors, as transformers names them."""
+    if len(runs) == 1:
+        return {SINGLE: runs[0]}
+    return {f"model-{i:05d}-of-{len(runs):05d}.safetensors": r for i, r in enumerate(runs, 1)}
+
+
+def _partial(file: str) -> str:
+    return f".partial-{file}"
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> list[Problem]:
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        return [_unwritable(path.parent, error)]
+    return []
+
+
+def _make_folder(path: Path) -> list[Problem]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [_unwritable(path, error)]
+    return []
+
+
+def _unwritable(path: Path, error: Exception) -> Problem:
+    full = getattr(error, "errno", None) == ENOSPC or "No space left" in str(error)
+    why = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
+    with suppress(OSError):
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        why += f" ({free / 2**20:.0f} MiB free)"
+    return Problem(
+        "MC540",
+        f"cannot write the model to {path}: {why}",
+        ["fix: make room there, or save elsewhere"],
+    )
+
+
+def _finish(
+    plan: "Plan",
+    path: Path,
+    files: Mapping[str, list[str]],
+    sizes: Mapping[str, int],
+    ranks: "Ranks",
+    source: Path | None,
+) -> list[Problem]:
+    """Write what goes with the weights and remove weights of an earlier save."""
+    try:
+        for old in [*path.glob("model*.safetensors"), *path.glob(".partial-model*.safetensors")]:
+            if old.name not in files:
+                old.unlink()
+        if len(files) == 1:
+            (path / INDEX).unlink(missing_ok=True)
+        else:
+            _write_json(
+                path / INDEX,
+                {
+                    "metadata": {"total_size": sum(sizes.values())},
+                    "weight_map": {n: file for file, names in files.items() for n in names},
+                },
+            )
+        if source is not None:
+            dtype = ranks.held[next(iter(plan.hf.values())).held_by[0][0]].dtype
+            copy_companions(source, path, str(dtype).removeprefix("torch."))
+    except UsageError as error:
+        return list(error.problems)
+    except OSError as error:
+        return [_unwritable(path, error)]
+    return []
+
+
+def copy_companions(source: Path, path: Path, dtype: str) -> None:
+    """Copy config.json, with the type that was written, and the tokenizer's files."""
+    config = read_hf_config(source)
+    keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["dtype"]
+    _write_json(path / "config.json", config | dict.fromkeys(keys, dtype))
+    if source.resolve() == path.resolve():
+        return
+    for found in sorted({f for pattern in COMPANIONS for f in source.glob(pattern)}):
+        if found.is_dir():
+            shutil.copytree(found, path / found.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(found, path / found.name)
+
+
+def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401
+    partial = path.with_name(_partial(path.name))
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

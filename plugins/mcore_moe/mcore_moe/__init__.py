@@ -1,0 +1,1 @@
+"""Mixture of experts for mcore: an empty shell until it lands."""

@@ -1,0 +1,1 @@
+"""Reward functions for mcore: an empty shell until they land."""

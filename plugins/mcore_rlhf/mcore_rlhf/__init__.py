@@ -1,0 +1,1 @@
+"""Preference and reinforcement learning for mcore: an empty shell until its recipes land."""
