@@ -39,17 +39,17 @@ def describe_plugins(manager: PluginManager) -> list[dict[str, Any]]:
     """Return every installed plugin, broken ones too, as JSON has it."""
     components: dict[str, list[dict[str, str]]] = {}
     for hook in manager.catalogue_hooks():
-        for plugin, component in manager.catalogue(hook):
-            entry = {"kind": kind_of(hook), "name": component.name, "summary": component.summary}
-            components.setdefault(plugin, []).append(entry)
+        for owner, component in manager.catalogue(hook):
+            part = {"kind": kind_of(hook), "name": component.name, "summary": component.summary}
+            components.setdefault(owner, []).append(part)
     found = []
     for name in sorted({*manager.names(), *manager.broken}):
         plugin = manager.get_plugin(name)
-        package, version = package_of(name) or (None, None)
+        package, version = package_of(name) or ("", "")
         described: dict[str, Any] = {
             "name": name,
-            "package": package,
-            "version": version,
+            "package": package or None,
+            "version": version or None,
             "role": plugin.role if isinstance(plugin, Plugin) else None,
             "summary": plugin.summary if isinstance(plugin, Plugin) else "",
             "components": components.get(name, []),

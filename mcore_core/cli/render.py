@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mcore_core.config.decode import shown
+from mcore_core.config.decode import as_typed
 from mcore_core.config.kernel import KERNEL
 from mcore_core.config.option import Option
 
@@ -26,13 +26,6 @@ def metavar(option: Option) -> str:
     return f"{item} ..." if option.shape == "list" else item
 
 
-def default_text(value: Any) -> str:  # noqa: ANN401
-    """Return a default as a user would type it."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value) or "empty"
-    return value if isinstance(value, str) else shown(value)
-
-
 def render_options(options: Iterable[Option], defaults: Mapping[str, Any]) -> str:
     """Return all options in sections; `defaults` are those that plugins have changed."""
     sections: defaultdict[str, list[Option]] = defaultdict(list)
@@ -50,7 +43,7 @@ def render_options(options: Iterable[Option], defaults: Mapping[str, Any]) -> st
 def render_option(option: Option, defaults: Mapping[str, Any]) -> str:
     """Return one option: a line with its type and default, then its help."""
     names = ", ".join(f"--{name}" for name in (option.name, *option.aliases))
-    default = default_text(defaults.get(option.name, option.default))
+    default = as_typed(defaults.get(option.name, option.default))
     head = f"{names} {metavar(option)}  (default: {default})"
     return "\n".join(
         [

@@ -72,17 +72,12 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
 
 
 def world_size(config: RunConfig, environ: Mapping[str, str]) -> int:
-    """Return how many ranks the run will have: as an outer launcher says, else as the options do.
-
-    `nproc_per_node` wins over Slurm's count of tasks, which may be one a machine.
-    """
+    """Return how many ranks the run has: as torchrun or Slurm says, else as the options do."""
     if environ.get("WORLD_SIZE", "").isdecimal():
         return int(environ["WORLD_SIZE"])
-    if config.get("nproc_per_node"):
-        return int(config.get("nproc_per_node") * config.get("nnodes"))
-    if "SLURM_PROCID" in environ and environ.get("SLURM_NTASKS", "").isdecimal():
+    if environ.get("SLURM_NTASKS", "").isdecimal() and int(environ["SLURM_NTASKS"]) > 1:
         return int(environ["SLURM_NTASKS"])
-    return int(config.get("nnodes"))
+    return int((config.get("nproc_per_node") or 1) * config.get("nnodes"))
 
 
 def _reporters(session: Session, config: RunConfig) -> list[Problem]:

@@ -86,6 +86,15 @@ def shown(value: Any) -> str:  # noqa: ANN401
     return "none" if value is None else json.dumps(value, default=str)
 
 
+def as_typed(value: Any) -> str:  # noqa: ANN401
+    """Return a value as it stands on a command line."""
+    if isinstance(value, list):
+        return " ".join(as_typed(item) for item in value) or "none"
+    if isinstance(value, str):
+        return value if value and not value.split()[1:] else repr(value)
+    return shown(value)
+
+
 def expected(option: Option, value: Any) -> str:  # noqa: ANN401
     """Return what the option takes and what it got."""
     if option.choices:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from mcore_core.config.compose import RunConfig
+from mcore_core.config.decode import as_typed
 from mcore_core.errors import Problem
 
 
@@ -78,12 +79,11 @@ def check_platform(config: RunConfig, platform: PlatformFacts) -> list[Problem]:
         missing = [need for need in needs if not need.here(platform)] if applies(config) else []
         if not missing:
             continue
-        value = config.get(option)
-        shown = str(value).lower() if isinstance(value, bool) else value
         problems.append(
             Problem(
                 "MC312",
-                f"--{option} {shown} needs " + " and ".join(need.lacks for need in missing),
+                f"--{option} {as_typed(config.get(option))} needs "
+                + " and ".join(need.lacks for need in missing),
                 [f"fix: {missing[-1].get}, or use {instead or f'--{option} false'}"],
             )
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mcore_core.config.compose import RunConfig
-from mcore_core.config.decode import shown
+from mcore_core.config.decode import as_typed
 from mcore_core.errors import Problem
 
 type Refusal = tuple[Callable[[Any], bool], str]
@@ -74,7 +74,7 @@ def check_refused(config: RunConfig, by_recipe: Mapping[str, tuple[str, str]]) -
             continue
         value = config.get(name)
         fix = "fix: leave the option out"
-        what = f"--{name} {shown(value)}"
+        what = f"--{name} {as_typed(value)}"
         if name in by_recipe:
             plugin, reason = by_recipe[name]
             message = f"{what}: the plugin {plugin!r} cannot use it: {reason}"

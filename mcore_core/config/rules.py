@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from mcore_core.config.compose import RunConfig
-from mcore_core.config.decode import shown
+from mcore_core.config.decode import as_typed
 from mcore_core.errors import Problem
 
 MINUTE = 60
@@ -84,7 +84,7 @@ def check_options(config: RunConfig) -> list[Problem]:
     problems += [*_precision(config), *_machines(config)]
     for name, (holds, text) in NEEDS.items():
         if config.changed(name) and not holds(config):
-            message = f"--{name} {shown(config.get(name))} does nothing without {text}"
+            message = f"--{name} {as_typed(config.get(name))} does nothing without {text}"
             problems.append(Problem("MC321", message, [f"fix: add {text}, or leave out --{name}"]))
     return problems
 
@@ -143,7 +143,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     if chances is not None and (any(p < 0 for p in chances) or abs(sum(chances) - 1) > 1e-6):
         yield Problem(
             "MC320",
-            f"--interleave_prob {shown(chances)} are not probabilities: they sum to "
+            f"--interleave_prob {as_typed(chances)} are not probabilities: they sum to "
             f"{sum(chances):g}",
             ["fix: give values of at least 0 that sum to 1"],
         )

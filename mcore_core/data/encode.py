@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_core.data.files import Rows
+from mcore_core.data.processes import start_method
 from mcore_core.data.rows import RowDropped, RowError, rename
 from mcore_core.data.sources import nothing_parses
 from mcore_core.data.store import Counts, UnitTable, to_batch, unit_writer
@@ -195,20 +196,13 @@ def _pool(work: Any, num_proc: int, chunks: int) -> Iterator[Any]:  # noqa: ANN4
     if num_proc <= 1:
         yield partial(map, work)
         return
-    method = "fork" if fork_is_safe() else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context(start_method())
     with ProcessPoolExecutor(num_proc, context, _set_work, (work,)) as pool:
         try:
             yield partial(pool.map, _do_work)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def fork_is_safe() -> bool:
-    """Return whether a forked process may run Python code here."""
-    torch = sys.modules.get("torch")
-    return sys.platform == "linux" and not (torch is not None and torch.cuda.is_initialized())
 
 
 @contextmanager

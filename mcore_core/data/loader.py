@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcore_core.data.encode import fork_is_safe
+from mcore_core.data.processes import start_method
 from mcore_core.data.sampler import GlobalBatches, Share
 from mcore_core.errors import UsageError, usage_error
 from mcore_core.protocols import Unit
@@ -150,7 +150,7 @@ class TrainLoader:
             num_workers=self._workers.num,
             prefetch_factor=self._workers.prefetch_factor,
             persistent_workers=self._workers.persistent,
-            multiprocessing_context="fork" if fork_is_safe() else "spawn",
+            multiprocessing_context=start_method(),
             collate_fn=as_is,
         )
 

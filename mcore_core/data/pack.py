@@ -8,10 +8,12 @@ samples.
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcore_core.data.processes import start_method
 from mcore_core.errors import usage_error
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def pack(
     windows = [lengths_N[i : i + WINDOW] for i in range(0, len(lengths_N), WINDOW)]
     work = partial(_pack_window, capacity=capacity)
     if num_proc > 1 and len(windows) > 1:
-        with ProcessPoolExecutor(min(num_proc, len(windows))) as pool:
+        context = get_context(start_method())
+        with ProcessPoolExecutor(min(num_proc, len(windows)), context) as pool:
             parts = list(pool.map(work, windows))
     else:
         parts = [work(window) for window in windows]
@@ -82,8 +85,9 @@ def _pack_window(lengths_N: "NDArray[np.int64]", capacity: int) -> "NDArray[np.i
                 continue
             left = length + (fitting & -fitting).bit_length() - 1
             each = left // length if length else count
-            bins = room[left][-(-(-count // each)) :]
-            del room[left][-len(bins) :]
+            needed = -(-count // each)
+            bins = room[left][-needed:]
+            del room[left][-needed:]
             if not room[left]:
                 have ^= 1 << left
             placed = min(count, len(bins) * each)

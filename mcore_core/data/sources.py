@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,24 +139,22 @@ def stream_rows(text: str, *, loaders: Loaders, options: SourceOptions) -> Itera
 
 def check_stream(text: str, *, loaders: Loaders, options: SourceOptions) -> None:
     """Check that a streamed reference begins with something usable."""
-    found = 0
-    for row in stream_rows(text, loaders=loaders, options=options):
+    errors: list[RowError] = []
+    for row in islice(stream_rows(text, loaders=loaders, options=options), 1000):
         if not isinstance(row, RowError):
             _check_columns(parse_ref(text), tuple(row), options)
             return
-        found += 1
-        if found == 1000:
-            break
-    if found == 0:
+        errors.append(row)
+    if not errors:
         raise _empty(parse_ref(text))
-    raise nothing_parses(text, found, str(row))
+    raise nothing_parses(text, len(errors), str(errors[0]))
 
 
 def nothing_parses(name: str, count: int, example: str) -> UsageError:
     """Return the error for a source in which no row can be read."""
     return usage_error(
         "MC405",
-        f"{name}: none of its {count} rows can be read",
+        f"{name}: none of its {count:,} rows can be read",
         f"the first: {example}",
         "fix: check the format; a .jsonl file has one JSON object a line",
     )

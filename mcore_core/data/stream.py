@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mcore_core.data.encode import RowEncoder, fork_is_safe, nothing_left
+from mcore_core.data.encode import RowEncoder, nothing_left
 from mcore_core.data.loader import MicroBatches, Workers, as_is, check_cursor
 from mcore_core.data.pack import pack
+from mcore_core.data.processes import start_method
 from mcore_core.data.rows import RowError
 from mcore_core.data.sampler import Share
 from mcore_core.data.store import Counts
@@ -181,7 +182,7 @@ class StreamLoader:
             yield step
 
     def _source(self) -> Iterator[MicroBatches | UsageError]:
-        if self._workers.num == 0 or not fork_is_safe():
+        if self._workers.num == 0 or start_method() != "fork":
             return _steps(self._stream, self._share, self.consumed)
         from torch.utils.data import DataLoader  # noqa: PLC0415 - start-up stays light
 

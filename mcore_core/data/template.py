@@ -253,8 +253,8 @@ class Template:
         at = _common(shown, text)
         raise self._ambiguous(
             f"message {i} (assistant) is not rendered alone as within the whole conversation",
-            f"alone:  ...{shown[max(0, at - 30) : at + 50]!r}",
-            f"within: ...{text[max(0, at - 30) : at + 50]!r}",
+            f"alone:  ...{shown[max(0, at - 40) : at + 50]!r}",
+            f"within: ...{text[max(0, at - 40) : at + 50]!r}",
         )
 
     def _ambiguous(self, *evidence: str) -> UsageError:

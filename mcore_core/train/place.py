@@ -31,6 +31,8 @@ class Placed:
     """Which of this rank's tokens have a weight, as indices."""
     tokens: int
     """Tokens of the whole micro-batch, padding not counted."""
+    squares: int
+    """Sum of the squared lengths of its sequences."""
 
 
 def select(batch: Batch, index: Tensor | slice) -> Batch:
@@ -97,6 +99,7 @@ def place(
         reduce=RowReduce(sequence.to(device), owns_S.to(device), cp_group),
         trained=trained.to(device),
         tokens=sum(batch.lengths),
+        squares=sum(n * n for n in batch.lengths),
     )
 
 

@@ -133,7 +133,7 @@ class Stepper:
             lr=float(lr),
             tokens=int(totals["tokens"][0]),
             seconds=time.perf_counter() - begin,
-            metrics=_means(totals),
+            metrics={**_means(totals), "squares": totals["squares"][0]},
         )
 
     def evaluate(self, batches: Iterator[Sequence[list[Unit]]]) -> dict[str, float]:
@@ -184,11 +184,14 @@ class Stepper:
             for name, (total, count) in share.items():
                 a, b = summed.get(name, (0.0, 0.0))
                 summed[name] = (a + total.double(), b + count.double())
-        if parallel_state.get_context_parallel_rank() == 0:  # its parts see the same rows
-            tokens = torch.tensor(float(sum(p.tokens for p in placed)), dtype=torch.float64)
-        else:
-            tokens = torch.zeros((), dtype=torch.float64)
-        summed["tokens"] = (tokens, torch.ones((), dtype=torch.float64))
+        one = torch.ones((), dtype=torch.float64)
+        # context-parallel ranks hold parts of the same rows: the first one counts them
+        mine = float(parallel_state.get_context_parallel_rank() == 0)
+        for name, values in (
+            ("tokens", [p.tokens for p in placed]),
+            ("squares", [p.squares for p in placed]),
+        ):
+            summed[name] = (one * mine * sum(values), one)
         return sum_shares(summed, None, self.device)
 
 
@@ -201,5 +204,5 @@ def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {
         name: total / count if count else float("nan")
         for name, (total, count) in totals.items()
-        if name not in ("loss", "tokens")
+        if name not in ("loss", "tokens", "squares")
     }

@@ -1,0 +1,262 @@
+"""Run a recipe in a layout on forked CPU ranks: losses, reassembled gradients, weights.
+
+A `Case` says what is trained; `run_case(case, layout)` trains it and `assert_same` compares two
+layouts. Call `mcore_core.compat.apply()` before this module is imported: it imports megatron.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from mcore_core.checkpoint.state import Trainable
+from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.kernel import kernel_config
+from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
+from mcore_core.parallel import state
+from mcore_core.parallel.stages import SplitOptions, layers_per_stage
+from mcore_core.parallel.topology import Layout
+from mcore_core.platform import install
+from mcore_core.testing.parity import (
+    Part,
+    assemble,
+    fill,
+    is_vocabulary,
+    largest_difference,
+    parts,
+)
+from mcore_core.testing.ranks import fork_ranks
+from mcore_core.train.optimizer import (
+    build_optimizer,
+    build_schedule,
+    uses_distributed_optimizer,
+)
+from mcore_core.train.step import Stepper
+
+if TYPE_CHECKING:
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.config.group import ConfigGroup
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.protocols import Recipe, StepResult, Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A model, a recipe, its options and its data, whatever the layout."""
+
+    architecture: "Architecture"
+    recipe: "Callable[[RunConfig], Recipe[Any]]"
+    """Builds the recipe from the resolved options; it need not encode."""
+    steps: "Sequence[Sequence[list[Unit]]]"
+    """Units of each micro-batch of each global batch. Data-parallel rank r of n takes every n-th
+    micro-batch from r on, so their number is a multiple of n (and of pp, with virtual stages)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    groups: "tuple[type[ConfigGroup], ...]" = ()
+    """Option groups of the recipe's plugin."""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class RankRun:
+    """What one rank saw."""
+
+    results: "list[StepResult]"
+    gradients: list[list[Part]]
+    weights: list[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run gave, put together from all ranks."""
+
+    results: "list[StepResult]"
+    gradients: list[dict[str, Tensor]]
+    """Of each step, before clipping, by sharded key; empty where they were not asked for."""
+    weights: dict[str, Tensor]
+    """After the last step, by sharded key."""
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [r.loss for r in self.results]
+
+
+class Session:
+    """One rank of a run: model, optimizer and stepper. Joins megatron's groups."""
+
+    def __init__(self, case: Case, layout: Layout, *, seed: int = 42) -> None:
+        self.case, self.layout = case, layout
+        platform = install()
+        state.initialize(platform, layout, seed=seed)
+        options = {"sequence_parallel": layout.sp, **case.options}
+        self.config = kernel_config(*case.groups, **options)
+        self.plan = _plan(case, layout, self.config)
+        on_cpu = platform.name == "cpu"
+        model = decoder_config(self.plan, self.config, on_cpu=on_cpu)
+        self.bare = build_chunks(self.plan, model)
+        fill(self.bare)
+        dtype = self.plan.dtype
+        wrapped = [c if dtype is torch.float32 else Float16Module(model, c) for c in self.bare]
+        self.chunks = [
+            DistributedDataParallel(model, ddp_config(self.config), c, disable_bucketing=i > 0)
+            for i, c in enumerate(wrapped)
+        ]
+        self.optimizer = build_optimizer(self.config, self.chunks, dtype, on_cpu=on_cpu)
+        self.schedule = build_schedule(self.config, self.optimizer, len(case.steps))
+        self.stepper = Stepper(
+            self.chunks,
+            case.recipe(self.config),
+            self.plan,
+            platform.device(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+        )
+        self.gradients: list[list[Part]] = []
+        self.step = 0
+
+    @property
+    def trainable(self) -> Trainable:
+        """What checkpoints are made of."""
+        return Trainable(self.chunks, self.optimizer, self.layout)
+
+    def keep_gradients(self) -> None:
+        """Keep each step's reduced gradients; they are reduced whole, not by shard."""
+        config = self.stepper.config
+        finalize = config.finalize_model_grads_func
+
+        def wrapped(model: Any, num_tokens: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+            finalize(model, num_tokens, **{**kwargs, "force_all_reduce": True})
+            self.gradients.append(parts(self.chunks, gradients=True))
+
+        config.finalize_model_grads_func = wrapped
+
+    def micros(self, step: int) -> "list[list[Unit]]":
+        """Return this data-parallel rank's micro-batches of a step, counted from 0."""
+        first = parallel_state.get_data_parallel_rank()
+        return list(self.case.steps[step][first :: self.layout.dp])
+
+    def train(self, steps: int) -> "list[StepResult]":
+        """Take the next steps."""
+        results = []
+        for _ in range(steps):
+            results.append(self.stepper.train(self.micros(self.step), self.step + 1))
+            self.step += 1
+        return results
+
+    def weights(self) -> list[Part]:
+        """Return this rank's parts of the weights."""
+        return parts(self.chunks)
+
+
+def ddp_config(config: "RunConfig") -> DistributedDataParallelConfig:
+    """Return how gradients are reduced."""
+    options = config[DistributedConfig]
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=uses_distributed_optimizer(config),
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+    )
+
+
+def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:
+    options = config[DistributedConfig]
+    split = SplitOptions(
+        pipeline_model_parallel_size=layout.pp,
+        virtual=layout.vpp,
+        decoder_first_pipeline_num_layers=options.decoder_first_pipeline_num_layers,
+        decoder_last_pipeline_num_layers=options.decoder_last_pipeline_num_layers,
+        pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
+    )
+    return ModelPlan(
+        architecture=case.architecture,
+        layout=layout,
+        stage_layers=layers_per_stage(case.architecture.num_layers, split),
+        dtype=DTYPES[case.dtype],
+        transformer_engine=False,
+    )
+
+
+def run_case(
+    case: Case, layout: Layout, *, gradients: bool = True, timeout: float = 120
+) -> Outcome:
+    """Train all steps of a case on forked ranks.
+
+    Args:
+        case: What to train.
+        layout: `layout.world` ranks are forked.
+        gradients: Keep the gradients; the distributed optimizer then gets them reduced whole.
+        timeout: Seconds before the ranks are killed.
+
+    Returns:
+        Results of rank 0, which every rank must share, and reassembled gradients and weights.
+
+    Raises:
+        AssertionError: Ranks report different results, or replicas differ.
+    """
+
+    def one_rank(_: int) -> RankRun:
+        session = Session(case, layout)
+        if gradients:
+            session.keep_gradients()
+        results = session.train(len(case.steps))
+        return RankRun(results, session.gradients, session.weights())
+
+    return combine(fork_ranks(one_rank, layout.world, timeout=timeout))
+
+
+def combine(ranks: Sequence[RankRun]) -> Outcome:
+    """Put the runs of all ranks together."""
+    first = ranks[0]
+    for rank, run in enumerate(ranks):
+        assert _numbers(run.results) == _numbers(first.results), (
+            f"rank {rank} reports {_numbers(run.results)}, rank 0 {_numbers(first.results)}"
+        )
+    gradients = [assemble([r.gradients[i] for r in ranks]) for i in range(len(first.gradients))]
+    return Outcome(first.results, gradients, assemble([r.weights for r in ranks]))
+
+
+def _common_rows(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `a` without the rows that pad its vocabulary beyond b's."""
+    return {k: x[: len(b[k])] if k in b and is_vocabulary(k) else x for k, x in a.items()}
+
+
+def _numbers(results: "Sequence[StepResult]") -> list[Any]:
+    return [(r.loss, r.grad_norm, r.lr, r.tokens, sorted(r.metrics.items())) for r in results]
+
+
+def assert_same(run: Outcome, reference: Outcome, *, relative: float = 1e-5) -> None:
+    """Compare every step's loss, norm, metrics and gradients, and the final weights.
+
+    Numbers are compared relatively; a gradient or weight by its largest difference over the
+    largest value of its tensor. Gradients are left out where `run` kept none.
+
+    Raises:
+        AssertionError: It names the step and what differs by how much.
+    """
+    assert len(run.results) == len(reference.results)
+    for step, (a, b) in enumerate(zip(run.results, reference.results, strict=True), start=1):
+        assert (a.tokens, a.lr) == (b.tokens, b.lr), f"step {step}: {a} against {b}"
+        assert a.metrics.keys() == b.metrics.keys(), f"step {step}: {a} against {b}"
+        pairs = {
+            "loss": (a.loss, b.loss),
+            "grad_norm": (a.grad_norm, b.grad_norm),
+            **{name: (a.metrics[name], b.metrics[name]) for name in a.metrics},
+        }
+        for name, (x, y) in pairs.items():
+            assert math.isclose(x, y, rel_tol=relative), (
+                f"step {step}: {name} is {x}, expected {y} within {relative} of it"
+            )
+    if run.gradients:
+        both = zip(run.gradients, reference.gradients, strict=True)
+        for step, (mine, expected) in enumerate(both, start=1):
+            worst, key = largest_difference(mine, expected)
+            assert worst <= relative, f"step {step}: the gradient of {key} differs by {worst:.2e}"
+    weights = _common_rows(run.weights, reference.weights)
+    worst, key = largest_difference(weights, _common_rows(reference.weights, weights))
+    assert worst <= relative, f"after the last step the weight {key} differs by {worst:.2e}"

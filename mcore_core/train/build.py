@@ -1,0 +1,111 @@
+"""Build the model of a run: chunks, weights, wrappers, optimizer, schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.model import ModelConfig
+from mcore_core.config.optimizer import OptimizerConfig
+from mcore_core.errors import usage_error
+from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
+from mcore_core.train.optimizer import build_optimizer, uses_distributed_optimizer
+from mcore_core.train.plan import ModelSource, dtype_name
+
+if TYPE_CHECKING:
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.platform.base import Platform
+    from mcore_core.protocols import Bridge
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model on this rank."""
+
+    plan: ModelPlan
+    chunks: Sequence[Any]
+    """Wrapped for training."""
+    bridge: "Bridge | None"
+
+
+def model_plan(
+    source: ModelSource, config: "RunConfig", platform: "Platform", *, max_length: int | None
+) -> ModelPlan:
+    """Return what is to be built."""
+    return ModelPlan(
+        architecture=source.architecture,
+        layout=source.layout,
+        stage_layers=source.stage_layers,
+        dtype=DTYPES[dtype_name(config, source.architecture)],
+        transformer_engine=uses_engine(config, platform),
+        max_length=max_length,
+        padded_vocab=_padded_vocab(config, source),
+    )
+
+
+def uses_engine(config: "RunConfig", platform: "Platform") -> bool:
+    """Return whether Transformer Engine's layers run."""
+    wanted = config[ModelConfig].transformer_impl
+    if wanted != "auto":
+        return wanted == "transformer_engine"
+    if platform.name == "cpu":
+        return False
+    from megatron.core.utils import is_te_min_version  # noqa: PLC0415  (imports TE if it is there)
+
+    try:
+        import transformer_engine.pytorch  # noqa: F401, PLC0415
+    except (ImportError, OSError):
+        return False
+    return bool(is_te_min_version("2.0.0"))
+
+
+def _padded_vocab(config: "RunConfig", source: ModelSource) -> int | None:
+    size = config[ModelConfig].padded_vocab_size
+    vocab, tp = source.architecture.vocab_size, source.layout.tp
+    if size is not None and (size < vocab or size % tp):
+        raise usage_error(
+            "MC506",
+            f"--padded_vocab_size {size}: must be at least the vocabulary ({vocab}) and a multiple "
+            f"of tensor_model_parallel_size ({tp})",
+            f"fix: {-(-vocab // tp) * tp} is the smallest",
+        )
+    return size
+
+
+def build_model(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> list[Any]:
+    """Return this rank's chunks in training precision, not yet wrapped for data parallelism."""
+    decoder = decoder_config(plan, config, on_cpu=on_cpu)
+    chunks: list[Any] = list(build_chunks(plan, decoder))
+    if not on_cpu:
+        for chunk in chunks:
+            chunk.cuda(torch.cuda.current_device())
+    if plan.dtype is not torch.float32:
+        chunks = [Float16Module(decoder, chunk) for chunk in chunks]
+    return chunks
+
+
+def wrap(chunks: Sequence[Any], config: "RunConfig") -> list[Any]:
+    """Wrap chunks for data-parallel gradient reduction."""
+    distributed = config[DistributedConfig]
+    half = chunks[0].config.params_dtype is not torch.float32
+    fp32_grads = half and config[OptimizerConfig].main_grads_dtype == "fp32"
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=fp32_grads,
+        overlap_grad_reduce=distributed.overlap_grad_reduce,
+        overlap_param_gather=distributed.overlap_param_gather,
+        use_distributed_optimizer=uses_distributed_optimizer(config),
+        bucket_size=max(40_000_000, 1_000_000 * torch.distributed.get_world_size())
+        if distributed.overlap_grad_reduce
+        else None,
+    )
+    return [
+        DistributedDataParallel(chunk.config, options, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+__all__ = ["Model", "build_model", "build_optimizer", "model_plan", "uses_engine", "wrap"]

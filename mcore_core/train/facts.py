@@ -1,0 +1,97 @@
+"""Numbers about a model and a run that reports show: parameters, norms, floating-point operations."""
+
+import platform as machine
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mcore_core.model.names import unwrap
+
+if TYPE_CHECKING:
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.platform.base import Platform
+
+PACKAGES = (
+    "mcore-core",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "datasets",
+    "transformer-engine",
+    "flash-attn",
+)
+
+
+def environment(platform: "Platform") -> dict[str, str]:
+    """Return versions, machine and device."""
+    found = {"python": machine.python_version(), "device": platform.device_name()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _own_parameters(chunks: Sequence[Any]) -> Iterator[tuple[torch.nn.Parameter, bool]]:
+    """Yield each parameter that this rank alone counts, and whether it is split over TP ranks."""
+    first_tp = parallel_state.get_tensor_model_parallel_rank() == 0
+    for wrapped in chunks:
+        chunk = unwrap(wrapped)
+        for name, parameter in chunk.named_parameters():
+            copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+            split = bool(getattr(parameter, "tensor_model_parallel", False))
+            if not copy and (split or first_tp):
+                yield parameter, split
+
+
+def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
+    """Return (all, trainable) parameters of the whole model; collective."""
+    counts = torch.zeros(2, dtype=torch.float64)
+    for parameter, _ in _own_parameters(chunks):
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    total, trainable = _sum_over_model(counts).tolist()
+    return int(total), int(trainable)
+
+
+def params_norm(chunks: Sequence[Any]) -> float:
+    """Return the L2 norm of all weights of the model; collective."""
+    square = torch.zeros(1, dtype=torch.float64)
+    for parameter, _ in _own_parameters(chunks):
+        square += parameter.detach().double().square().sum().cpu()
+    return float(_sum_over_model(square).sqrt())
+
+
+def _sum_over_model(values: torch.Tensor) -> torch.Tensor:
+    moved = values.to(torch.cuda.current_device())
+    dist.all_reduce(moved, group=parallel_state.get_model_parallel_group())
+    return moved.cpu()
+
+
+def matmul_parameters(shape: "Architecture") -> int:
+    """Return the parameters that every token multiplies, the head included."""
+    head = shape.kv_channels
+    attention = shape.hidden_size * head * (2 * shape.num_attention_heads)
+    attention += shape.hidden_size * head * 2 * shape.num_query_groups
+    mlp = (3 if shape.gated else 2) * shape.hidden_size * shape.ffn_hidden_size
+    return shape.num_layers * (attention + mlp) + shape.vocab_size * shape.hidden_size
+
+
+def step_flops(shape: "Architecture", tokens: float, squares: float) -> float:
+    """Return the floating-point operations of one training step, forward and backward.
+
+    6 a parameter and token (2 forward, 4 backward), and for causal attention 6 times the squared
+    length of each sequence, times heads and head size, a layer. Recomputation is not counted.
+
+    Args:
+        shape: The model.
+        tokens: Tokens of the global batch, padding not counted.
+        squares: Sum over its sequences of their squared lengths.
+    """
+    attention = 6 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * squares
+    return 6.0 * matmul_parameters(shape) * tokens + attention

@@ -1,0 +1,219 @@
+"""The training loop: steps, evaluations, checkpoints, reports; it ends in good order on SIGTERM."""
+
+import gc
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_core.checkpoint.save import Contents
+from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.evaluation import EvaluationConfig
+from mcore_core.config.logging import LoggingConfig
+from mcore_core.config.train import TrainConfig
+from mcore_core.config.weights import WeightsConfig
+from mcore_core.parallel.reduce import any_rank
+from mcore_core.train.facts import params_norm, step_flops
+from mcore_core.train.session import Session, plain_architecture
+
+if TYPE_CHECKING:
+    from mcore_core.protocols import StepResult, Unit
+
+
+@dataclass(slots=True)
+class StepInfo:
+    """Implements protocols.StepRun."""
+
+    step: int
+    training: bool = True
+
+
+@dataclass(slots=True)
+class _Stop:
+    """Set by SIGTERM."""
+
+    wanted: bool = False
+
+
+def train(session: Session) -> None:
+    """Train until `train_iters`; collective."""
+    run, options = session.run, session.run.config[TrainConfig]
+    with _garbage(options), _until_sigterm() as stop:
+        session.reports.begin(run, session.facts)
+        session.hooks.mcore_train_begin(run=run, chunks=session.stepper.chunks)
+        waiting = time.perf_counter()
+        for micros in session.data.train if run.step < run.train_iters else ():
+            units = [unit for micro in micros for unit in micro]
+            for prepared in session.recipe.prepare(units, StepInfo(run.step + 1)):
+                waited = time.perf_counter() - waiting
+                result = session.stepper.train(regroup(prepared, micros), run.step + 1)
+                run.step += 1
+                _after_step(session, result, waited)
+                waiting = time.perf_counter()
+            ends = any_rank(stop.wanted, session.stepper.device)
+            _maybe_evaluate(session)
+            if ends or _saves_now(session):
+                save(session)
+            if options.manual_gc_interval and run.step % options.manual_gc_interval == 0:
+                gc.collect()
+            if ends:
+                session.reports.warn_once(
+                    "sigterm", f"SIGTERM: saved and stopped after step {run.step}"
+                )
+                break
+            if run.step >= run.train_iters:
+                break
+        if session.saver.last_step != run.step and not stop.wanted:
+            save(session)
+        session.saver.close()
+
+
+def regroup(units: list["Unit"], micros: Sequence[list["Unit"]]) -> list[list["Unit"]]:
+    """Divide prepared units into micro-batches as they came; evenly where a recipe changed them."""
+    if len(units) == sum(map(len, micros)):
+        iterator = iter(units)
+        return [[next(iterator) for _ in micro] for micro in micros]
+    number = len(micros)
+    bounds = [i * len(units) // number for i in range(number + 1)]
+    return [units[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _after_step(session: Session, result: "StepResult", waited: float) -> None:
+    run, stepper = session.run, session.stepper
+    logging = run.config[LoggingConfig]
+    extra: dict[str, float] = {}
+    if logging.log_timers_to_tensorboard:
+        extra |= {
+            "timers/data": waited,
+            "timers/place": stepper.timers.place,
+            "timers/forward_backward": stepper.timers.forward_backward,
+            "timers/optimizer": stepper.timers.optimizer,
+        }
+    metrics = dict(result.metrics)
+    squares = metrics.pop("squares", 0.0)
+    if logging.log_throughput:
+        flops = step_flops(session.source.architecture, result.tokens, squares)
+        extra["tflops_per_device"] = flops / result.seconds / run.world_size / 1e12
+    if logging.log_params_norm:
+        extra["params_norm"] = params_norm(stepper.chunks)
+    shown = _with_metrics(result, metrics)
+    logged = session.reports.step(run, shown, extra)
+    session.hooks.mcore_step_end(run=run, step=run.step, result=shown)
+    if logged is not None and run.is_main:
+        session.hooks.mcore_log(run=run, step=run.step, metrics=logged)
+    session.saver.finish(blocking=False)
+
+
+def _with_metrics(result: "StepResult", metrics: dict[str, float]) -> "StepResult":
+    import dataclasses  # noqa: PLC0415
+
+    return dataclasses.replace(result, metrics=metrics)
+
+
+def _maybe_evaluate(session: Session) -> None:
+    run = session.run
+    interval = run.config[EvaluationConfig].eval_interval
+    interval = interval or run.config[CheckpointConfig].save_interval
+    if session.data.val is None or (run.step % interval and run.step < run.train_iters):
+        return
+    metrics = session.stepper.evaluate(_prepared(session))
+    if metrics:
+        session.reports.evaluation(run.step, metrics)
+
+
+def _prepared(session: Session) -> Iterator[list[list["Unit"]]]:
+    assert session.data.val is not None
+    info = StepInfo(session.run.step, training=False)
+    for micros in session.data.val:
+        units = [unit for micro in micros for unit in micro]
+        for prepared in session.recipe.prepare(units, info):
+            yield regroup(prepared, micros)
+
+
+def _saves_now(session: Session) -> bool:
+    run, options = session.run, session.run.config[CheckpointConfig]
+    if run.step >= run.train_iters:
+        return True
+    if options.save_strategy == "epoch":
+        each = run.steps_per_epoch
+        return each is not None and int(run.step / each) > int((run.step - 1) / each)
+    return run.step % options.save_interval == 0
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint of the current step; collective."""
+    run, options = session.run, session.run.config[CheckpointConfig]
+    gc.collect()
+    weights = run.config[WeightsConfig]
+    contents = Contents(
+        step=run.step,
+        training={
+            "train_iters": run.train_iters,
+            "layout": str(run.layout),
+            "world": run.world_size,
+            "plugins": run.plugins,
+            "architecture": plain_architecture(session.source),
+            "data": session.data.train.state_dict(),
+            "has_optimizer": not options.no_save_optim,
+            "has_rng": not options.no_save_rng,
+        },
+        common={
+            "data": session.data.train.state_dict(),
+            "recipe": session.recipe.state_dict(),
+        },
+        write_model=partial(
+            write_model, session, hf=weights.save_safetensors, max_shard=weights.max_shard_bytes
+        ),
+    )
+    session.saver.save(session.trainable, contents)
+
+
+def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> None:
+    """Write what other programs read: safetensors, tokenizer, options."""
+    if session.run.is_main:
+        options = (session.run.output_dir / "run.yaml").read_text(encoding="utf-8")
+        (folder / "run.yaml").write_text(options, encoding="utf-8")
+    if hf:
+        session.bridge.save(
+            session.stepper.chunks, folder, max_shard_size=max_shard, source=session.source.path
+        )
+    dist.barrier()
+
+
+@contextmanager
+def _garbage(options: TrainConfig) -> Iterator[None]:
+    if options.manual_gc:
+        gc.disable()
+        gc.collect()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def _until_sigterm() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def handler(number: int, frame: Any) -> None:  # noqa: ANN401
+        stop.wanted = True
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def deterministic(options: TrainConfig) -> None:
+    """Choose kernels that give the same bits each time."""
+    if options.deterministic_mode:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

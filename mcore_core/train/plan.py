@@ -1,0 +1,84 @@
+"""From the options and the model's config.json to the plan of what is built; torch-free where asked.
+
+`ModelSource` is what a launcher checks before it starts ranks; `model_plan` completes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_core.config.layout_rules import check_model, layout_of
+from mcore_core.config.precision import PrecisionConfig
+from mcore_core.config.weights import WeightsConfig
+from mcore_core.errors import UsageError
+from mcore_core.model.overrides import override
+from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
+
+if TYPE_CHECKING:
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.manager import PluginManager
+    from mcore_core.model.architecture import Architecture
+    from mcore_core.model.family import Family
+    from mcore_core.parallel.topology import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """The model that a run starts from."""
+
+    path: Path
+    hf_config: Mapping[str, Any]
+    family: "Family"
+    architecture: "Architecture"
+    layout: "Layout"
+    stage_layers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What to call the model in reports."""
+        return self.path.name
+
+
+def model_source(config: "RunConfig", manager: "PluginManager", world_size: int) -> ModelSource:
+    """Read the model's config and check it against the options and the layout.
+
+    Raises:
+        UsageError: Every problem found.
+    """
+    from mcore_core.config.layout_rules import split_options  # noqa: PLC0415  (one name more)
+    from mcore_core.parallel.stages import layers_per_stage  # noqa: PLC0415
+
+    weights = config[WeightsConfig]
+    assert weights.model is not None, "check_options requires --model"
+    path = resolve_model_dir(
+        weights.model,
+        revision=weights.model_revision,
+        use_hf=weights.use_hf,
+        token=weights.hub_token,
+    )
+    hf_config = read_hf_config(path)
+    family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), weights.model_type)
+    architecture = override(family.architecture(hf_config), config)
+    layout = layout_of(config, world_size, num_layers=architecture.num_layers)
+    if problems := check_model(config, architecture, layout):
+        raise UsageError(problems)
+    counts = layers_per_stage(architecture.num_layers, split_options(config, layout))
+    return ModelSource(
+        path=path,
+        hf_config=hf_config,
+        family=family,
+        architecture=architecture,
+        layout=layout,
+        stage_layers=tuple(counts),
+    )
+
+
+def dtype_name(config: "RunConfig", architecture: "Architecture") -> str:
+    """Return the number type of the weights: fp16 and bf16, then torch_dtype, then the checkpoint."""
+    precision = config[PrecisionConfig]
+    if precision.bf16:
+        return "bfloat16"
+    if precision.fp16:
+        return "float16"
+    return precision.torch_dtype or architecture.dtype

@@ -1,0 +1,309 @@
+"""Set a run up, piece by piece, in the order in which a user's mistakes are cheapest to find."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mcore_core.checkpoint import folders as checkpoints
+from mcore_core.checkpoint.load import load
+from mcore_core.checkpoint.save import Saver
+from mcore_core.checkpoint.state import Trainable
+from mcore_core.component import Component
+from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.logging import LoggingConfig
+from mcore_core.config.train import TrainConfig
+from mcore_core.config.weights import WeightsConfig
+from mcore_core.context import RunContext
+from mcore_core.data.pipeline import DataBundle, build_data
+from mcore_core.data.template import Template
+from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_core.report.hub import RunReports, build_reporters
+from mcore_core.report.record import ModelFacts
+from mcore_core.train import folders
+from mcore_core.train.build import build_model, build_optimizer, model_plan, wrap
+from mcore_core.train.facts import count_parameters, environment
+from mcore_core.train.optimizer import build_schedule, uses_distributed_optimizer
+from mcore_core.train.plan import ModelSource
+from mcore_core.train.step import Stepper
+
+if TYPE_CHECKING:
+    from mcore_core.cli.prepared import Prepared
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.data.prepare import DataPlan
+    from mcore_core.platform.base import Platform
+    from mcore_core.protocols import Bridge, Recipe
+
+
+@dataclass(slots=True)
+class Session:
+    """Everything a training loop works with, on this rank."""
+
+    run: RunContext
+    source: ModelSource
+    recipe: "Recipe[Any]"
+    template: Template
+    data: DataBundle
+    stepper: Stepper
+    bridge: "Bridge"
+    saver: Saver
+    reports: RunReports
+    hooks: Any
+    facts: ModelFacts
+
+    @property
+    def trainable(self) -> Trainable:
+        """What checkpoints are made of."""
+        return Trainable(self.stepper.chunks, self.stepper.optimizer, self.run.layout)
+
+
+def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform") -> Session:
+    """Build everything; collective. Process groups exist already.
+
+    Raises:
+        UsageError: What the user has to change.
+    """
+    config = prepared.config
+    run = RunContext(
+        config=config,
+        output_dir=folders.choose(config),
+        layout=source.layout,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        plugins={n: _distribution(p) for n, p in prepared.plugins.items()},
+        environment=environment(platform),
+    )
+    template = Template(
+        load_tokenizer(source.path),
+        config[_template_group()],
+        max_length=source.architecture.max_position_embeddings,
+    )
+    recipe = prepared.recipe.load()(config, template)
+    resume = _resume_from(config, source)
+    data = build_data(
+        config,
+        recipe,
+        template,
+        loaders={c.name: c for _, c in prepared.manager.catalogue("mcore_datasets")},
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        on_writer=on_writer,
+        progress=run.is_main,
+    )
+    run.data = data_facts(data)
+    run.steps_per_epoch = data.train.steps_per_epoch
+    run.train_iters = _train_iters(config, data)
+    on_cpu = platform.name == "cpu"
+    plan = model_plan(source, config, platform, max_length=template.max_length)
+    bare = build_model(plan, config, on_cpu=on_cpu)
+    bridge = _bridge(prepared)(source.family, source.architecture)
+    if _takes_safetensors(config, resume):
+        bridge.load(bare, source.path)
+    chunks = wrap(bare, config)
+    optimizer = _first(prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks))
+    if optimizer is None:
+        optimizer = build_optimizer(config, chunks, plan.dtype, on_cpu=on_cpu)
+    schedule = build_schedule(config, optimizer, run.train_iters)
+    stepper = Stepper(
+        chunks, recipe, plan, platform.device(), optimizer=optimizer, schedule=schedule
+    )
+    if resume is not None:
+        loaded = load(Trainable(chunks, optimizer, run.layout), resume, config[CheckpointConfig])
+        if not config[CheckpointConfig].finetune:
+            run.step = resume.step
+            data.train.load_state_dict(loaded.common["data"])
+            recipe.load_state_dict(loaded.common["recipe"])
+            schedule.step(run.step)
+    if run.is_main:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(run.output_dir)
+        folders.write_facts(run, prepared.names)
+    reports = build_reporters(
+        run,
+        config[LoggingConfig].report_to,
+        prepared.manager.catalogue("mcore_reporters"),
+        memory=platform.memory,
+    )
+    total, trainable = count_parameters(chunks)
+    facts = ModelFacts(
+        name=source.name,
+        family=source.family.name,
+        parameters=total,
+        trainable=trainable,
+        precision=_precision(plan.dtype, config, engine=plan.transformer_engine),
+    )
+
+    def saved(step: int, path: Path, seconds: float) -> None:
+        reports.checkpoint(step, path, seconds)
+        prepared.manager.hook.mcore_checkpoint_saved(run=run, step=step, path=path)
+
+    saver = Saver(run.output_dir, config[CheckpointConfig], saved)
+    return Session(
+        run=run,
+        source=source,
+        recipe=recipe,
+        template=template,
+        data=data,
+        stepper=stepper,
+        bridge=bridge,
+        saver=saver,
+        reports=reports,
+        hooks=prepared.manager.hook,
+        facts=facts,
+    )
+
+
+def _template_group() -> Any:  # noqa: ANN401
+    from mcore_core.config.template import TemplateConfig  # noqa: PLC0415
+
+    return TemplateConfig
+
+
+def _first[T](found: T) -> T:
+    return found
+
+
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+        raise usage_error(
+            "MC515",
+            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            f"found: {found}",
+            "fix: copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+
+
+def _bridge(prepared: "Prepared") -> Any:  # noqa: ANN401
+    component: Component[Any] | None = prepared.manager.hook.mcore_build_bridge(
+        config=prepared.config
+    )
+    if component is None:
+        raise usage_error(
+            "MC516",
+            "nothing here reads Hugging Face weights",
+            "fix: uv pip install mcore-hfbridge",
+        )
+    return component.load()
+
+
+def on_writer(prepare: Callable[[], "DataPlan"]) -> "DataPlan":
+    """Call on rank 0 of each machine; return the result, or raise its UsageError, on every rank."""
+    import os  # noqa: PLC0415
+
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", dist.get_rank())))
+    mine: tuple[int, Any, list[Problem]] = (dist.get_rank() - local, None, [])
+    if local == 0:
+        try:
+            mine = (dist.get_rank(), prepare(), [])
+        except UsageError as error:
+            mine = (dist.get_rank(), None, list(error.problems))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    problems = next((p for _, _, p in everyone if p), [])
+    if problems:
+        raise UsageError(problems)
+    plan: DataPlan = everyone[mine[0]][1]
+    return plan
+
+
+def data_facts(data: DataBundle) -> dict[str, Any]:
+    """Return the counts and hashes of the data, as reports and run.json show them."""
+    facts: dict[str, Any] = {"fingerprint": data.fingerprint, **data.report.to_dict()}
+    for part, sources in (("train", data.report.train), ("eval", data.report.val)):
+        if sources:
+            dropped: dict[str, int] = {}
+            for counts in sources.values():
+                for reason, number in counts.dropped.items():
+                    dropped[reason] = dropped.get(reason, 0) + number
+            facts[part] = {
+                "rows": sum(c.kept for c in sources.values()),
+                "tokens": sum(c.tokens for c in sources.values()),
+                "dropped": dropped,
+            }
+    if data.report.packing_fill is not None and "train" in facts:
+        facts["train"]["packs"] = data.report.train_items
+    return facts
+
+
+def _train_iters(config: "RunConfig", data: DataBundle) -> int:
+    train = config[TrainConfig]
+    if train.train_iters is not None:
+        return train.train_iters
+    if data.train.steps_per_epoch is None:
+        raise usage_error(
+            "MC430",
+            "streaming data has no known length",
+            "fix: --train_iters N",
+        )
+    assert train.max_epochs is not None, "settle() gives max_epochs"
+    # the last batch of the last epoch is filled up from the next one: no sample is left out
+    return max(1, -(-round(train.max_epochs * data.train.steps_per_epoch * 1e6) // 10**6))
+
+
+def _resume_from(config: "RunConfig", source: ModelSource) -> "checkpoints.Checkpoint | None":
+    options = config[CheckpointConfig]
+    if options.load is None:
+        return None
+    path = Path(options.load).expanduser()
+    if not options.exit_on_missing_checkpoint:
+        found = checkpoints.find(path)
+        if found is None:
+            return None
+    found = checkpoints.require(path)
+    have = found.training.get("architecture")
+    want = plain_architecture(source)
+    if have is not None and have != want:
+        differ = [k for k in want if have.get(k) != want[k]]
+        raise usage_error(
+            "MC706",
+            f"{found.path} is a checkpoint of another model",
+            *(f"{k}: {have.get(k)} there, {want[k]} in --model" for k in differ[:6]),
+            "fix: --model with the model that the run was started from",
+        )
+    return found
+
+
+def plain_architecture(source: ModelSource) -> dict[str, Any]:
+    """Return what makes two models the same, as JSON holds it."""
+    import json  # noqa: PLC0415
+
+    fields = dataclasses.asdict(source.architecture)
+    for name in ("dtype", "initializer_range", "attention_dropout", "hidden_dropout"):
+        fields.pop(name)
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
+
+
+def _takes_safetensors(config: "RunConfig", resume: "checkpoints.Checkpoint | None") -> bool:
+    wanted = config[WeightsConfig].load_safetensors
+    return resume is None if wanted is None else wanted and resume is None
+
+
+def _precision(dtype: torch.dtype, config: "RunConfig", *, engine: bool) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not torch.float32:
+        name += ", float32 gradients and main weights"
+    if uses_distributed_optimizer(config) and parallel_state.get_data_parallel_world_size() > 1:
+        name += ", distributed optimizer"
+    return name + (", Transformer Engine" if engine else "")
+
+
+def _distribution(plugin: object) -> dict[str, str]:
+    module = type(plugin).__module__.split(".")[0]
+    names = packages_distributions().get(module, [module])
+    try:
+        return {"package": names[0], "version": version(names[0])}
+    except PackageNotFoundError:
+        return {"package": names[0], "version": "unknown"}
