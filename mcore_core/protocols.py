@@ -86,10 +86,13 @@ class LossOutput:
 class Reduce(Protocol):
     """The only communication a loss may do."""
 
-    seq_T: "Tensor"
-    """Index of the sequence that each of this rank's tokens belongs to, int64."""
-    owns_S: "Tensor"
-    """True where this rank holds the sequence's first token: the rank that counts it."""
+    @property
+    def seq_T(self) -> "Tensor":
+        """Index of the sequence that each of this rank's tokens belongs to, int64."""
+
+    @property
+    def owns_S(self) -> "Tensor":
+        """True where this rank holds the sequence's first token: the rank that counts it."""
 
     def per_seq(self, values_T: "Tensor") -> "Tensor":
         """Sum over each sequence, also where context parallelism splits it; differentiable [S]."""

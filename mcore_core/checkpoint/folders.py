@@ -114,9 +114,9 @@ def clean(run: Path) -> None:
     if not run.is_dir():
         return
     for path in run.iterdir():
-        if path.name.startswith((_PARTIAL, _DOOMED)):
-            shutil.rmtree(path, ignore_errors=True)
-        elif _NAME.match(path.name) and read(path) is None and (path / STATE).is_dir():
+        if path.name.startswith((_PARTIAL, _DOOMED)) or (
+            _NAME.match(path.name) and read(path) is None and (path / STATE).is_dir()
+        ):
             shutil.rmtree(path, ignore_errors=True)
 
 

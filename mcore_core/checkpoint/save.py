@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from mcore_core.checkpoint import folders
-from mcore_core.checkpoint.state import Trainable, metadata, sharded_state
+from mcore_core.checkpoint.state import Trainable, gather_weights, metadata, sharded_state
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.errors import usage_error
 
@@ -73,6 +73,7 @@ class Saver:
         """
         begin = time.monotonic()
         self.finish(blocking=True)  # one at a time: they complete in order
+        gather_weights(run.chunks)
         partial_dir = folders.partial_path(self.run_dir, contents.step)
         with writing(partial_dir):
             if dist.get_rank() == 0:
@@ -152,7 +153,7 @@ def writing(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(_existing(folder)).free / 2**20
         raise usage_error(
             "MC703",
-            f"the checkpoint {folder.name.removeprefix('.partial-')} could not be written: {reason}",
+            f"{folder.name.removeprefix('.partial-')} could not be written: {reason}",
             f"folder: {folder.parent} ({free:.0f} MiB free)",
             "earlier checkpoints are complete and usable with --load",
             "fix: free space or choose another --save; --save_retain_interval deletes old "

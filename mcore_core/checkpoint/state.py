@@ -36,6 +36,14 @@ def metadata() -> dict[str, Any]:
     }
 
 
+def gather_weights(chunks: Sequence[Any]) -> None:
+    """Make all weights whole; collective. With overlap_param_gather the last step's are not yet."""
+    for chunk in chunks:
+        if hasattr(chunk, "start_param_sync") and chunk.ddp_config.overlap_param_gather:
+            with torch.no_grad():
+                chunk.start_param_sync(force_sync=True)
+
+
 def chunk_key(index: int, chunks: Sequence[Any]) -> str:
     """Return the key of a pipeline chunk's weights."""
     return "model" if len(chunks) == 1 else f"model{index}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.errors import UsageError
 from mcore_core.failure import RunFailure
@@ -55,6 +56,7 @@ def source_of(prepared: "PreparedExport") -> "ModelSource":
 def begin(prepared: "PreparedExport", source: "ModelSource") -> "Platform":
     """Prepare torch and megatron and join the process group; collective."""
     from mcore_core import compat  # noqa: PLC0415
+    from mcore_core.compat.quiet import quiet_logs  # noqa: PLC0415
     from mcore_core.config.platform_rules import check_platform, facts  # noqa: PLC0415
     from mcore_core.platform import install  # noqa: PLC0415
 
@@ -63,6 +65,7 @@ def begin(prepared: "PreparedExport", source: "ModelSource") -> "Platform":
     if problems := check_platform(config, facts(cuda=platform.name == "cuda")):
         raise UsageError(problems)
     compat.apply()
+    quiet_logs(config[LoggingConfig].logging_level)
     from mcore_core.parallel.state import initialize  # noqa: PLC0415
     from mcore_core.train.loop import deterministic  # noqa: PLC0415
 

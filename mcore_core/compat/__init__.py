@@ -1,4 +1,6 @@
-"""Patches of upstream packages, each with its reason; `apply()` runs once, after megatron's import."""
+"""Patches of upstream packages, each with its reason; `apply()` runs once."""
+
+from importlib import import_module
 
 _applied = False
 
@@ -8,13 +10,17 @@ def apply() -> None:
     global _applied
     if _applied:
         return
+    from mcore_core.compat.quiet import quiet_imports, quiet_logs  # noqa: PLC0415
     from mcore_core.platform import install  # noqa: PLC0415  (torch)
 
-    platform = install()
-    import megatron.core  # noqa: F401, PLC0415
+    quiet_logs()
+    with quiet_imports():
+        platform = install()
+        for name in ("distributed", "models.hybrid.hybrid_model", "optimizer"):
+            import_module(f"megatron.core.{name}")
 
-    if platform.name == "cpu":
-        from mcore_core.platform.cpu_megatron import patch_megatron  # noqa: PLC0415
+        if platform.name == "cpu":
+            from mcore_core.platform.cpu_megatron import patch_megatron  # noqa: PLC0415
 
-        patch_megatron()
+            patch_megatron()
     _applied = True

@@ -20,9 +20,9 @@ class LoggingConfig(ConfigGroup):
     log_throughput: bool = False
     """Report the arithmetic done, in TFLOP/s for each device."""
     logging_level: Literal["debug", "info", "warning", "error"] | None = None
-    """Least severe message to print. none: info on the main rank, warning on the others."""
+    """Least severe message of megatron-core, torch and datasets to print. none: error."""
     tensorboard_log_interval: int = Field(1, ge=1)
-    """Reports to TensorBoard: one in this many of the console's."""
+    """Optimizer steps between two points in TensorBoard."""
     tensorboard_queue_size: int = Field(50, ge=1)
     """Values that TensorBoard collects before writing them."""
     log_timers_to_tensorboard: bool = True

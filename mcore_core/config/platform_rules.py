@@ -79,6 +79,7 @@ def check_platform(config: RunConfig, platform: PlatformFacts) -> list[Problem]:
         missing = [need for need in needs if not need.here(platform)] if applies(config) else []
         if not missing:
             continue
+        lacks = " and ".join(need.lacks for need in missing)
         problems.append(
             Problem(
                 "MC312",

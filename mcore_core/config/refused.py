@@ -35,6 +35,11 @@ REFUSED: Mapping[str, Refusal] = {
         _any,
         "rows are as long as their samples; max_length and packing_length bound it",
     ),
+    "padding_free": (
+        _any,
+        "every model family here takes samples end to end in one row; padded rows come with models "
+        "that need an attention mask of their own",
+    ),
     "mlp_padding_free": (_any, "padding_free leaves out all padding, not only that in the MLPs"),
     "position_embedding_type": (
         lambda value: value not in {"rope", "none"},
@@ -50,6 +55,12 @@ REFUSED: Mapping[str, Refusal] = {
     "glu_linear_offset": (_any, _NO_SUCH_MLP),
     "apply_query_key_layer_scaling": (lambda value: value is True, _HAS_NO_SCORES),
     "attention_softmax_in_fp32": (_any, _HAS_NO_SCORES),
+    "no_masked_softmax_fusion": (_any, "attention here has no separate masked softmax to fuse"),
+    "cross_entropy_loss_fusion": (
+        _any,
+        "the head computes log-probabilities chunk by chunk and never holds the logits, which is "
+        "what a fused cross entropy would save",
+    ),
     "dataloader_type": (
         lambda value: value == "external",
         "external is for code that calls megatron with a loader of its own; "

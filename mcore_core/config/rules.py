@@ -73,7 +73,6 @@ NEEDS: dict[str, Needed] = {
     "microbatch_group_size_per_virtual_pipeline_stage": _CHUNKS,
     "chat_template": _on("use_chat_template"),
     "enable_thinking": _on("use_chat_template"),
-    "window_attn_skip_freq": _on("window_size"),
 }
 """An option that was changed -> what must hold, or nothing would read it."""
 

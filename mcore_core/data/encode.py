@@ -63,12 +63,12 @@ class RowEncoder:
 
     def counted(self, rows: Rows, index: int, counts: Counts, name: str) -> Unit | None:
         """Encode row `index`, or count why not. Raises UsageError for a malformed row if strict."""
+        where = rows.where(index) or f"{name} row {index + 1}"
         try:
-            row = rows.get(index)
+            row: Row | RowError = rows.get(index)
         except RowError as error:
-            self.reject(error, counts, name)
-            return None
-        return self.count_row(row, counts, f"{name} row {index + 1}")
+            row = error
+        return self.count_row(row, counts, where)
 
     def count_row(self, row: Row | RowError, counts: Counts, where: str) -> Unit | None:
         """Encode a row that was read, or count why not."""

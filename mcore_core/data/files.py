@@ -25,6 +25,10 @@ class Rows(Sequence[Row]):
         """Return one row, 0 <= index < len. Raises RowError."""
         raise NotImplementedError
 
+    def where(self, index: int) -> str:
+        """Return file:line of a row, or an empty string where rows have no lines."""
+        return ""
+
     def columns(self) -> tuple[str, ...]:
         """Return the column names of the first row that can be read."""
         for index in range(min(len(self), 1000)):
@@ -89,7 +93,11 @@ class JsonlRows(Rows):
         with self._path.open("rb") as file:
             file.seek(int(self._starts[index]))
             line = file.readline()
-        return parse_line(line, f"{self._path}:{self._lines[index]}")
+        return parse_line(line, self.where(index))
+
+    def where(self, index: int) -> str:
+        """Return file:line."""
+        return f"{self._path}:{self._lines[index]}"
 
 
 def parse_line(line: bytes, where: str) -> Row:
@@ -214,15 +222,17 @@ class CsvRows(Rows):
 
     def get(self, index: int) -> Row:
         """Return one row."""
-        line, row = self._rows[index]
+        _, row = self._rows[index]
         extra: Any = row.get(None)  # type: ignore[call-overload]
         missing = sum(value is None for value in row.values())
         if extra or missing:
             found = len(self._names) + len(extra or ()) - missing
-            raise RowError(
-                f"{found} values under {len(self._names)} columns", f"{self._path}:{line}"
-            )
+            raise RowError(f"{found} values under {len(self._names)} columns", self.where(index))
         return dict(row)
+
+    def where(self, index: int) -> str:
+        """Return file:line."""
+        return f"{self._path}:{self._rows[index][0]}"
 
 
 READERS: Mapping[str, Callable[[Path], Rows]] = {

@@ -28,6 +28,10 @@ class Picked(Rows):
         """Return one row."""
         return self.rows.get(int(self.chosen[index]))
 
+    def where(self, index: int) -> str:
+        """Return file:line, where there are lines."""
+        return self.rows.where(int(self.chosen[index]))
+
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the whole."""
         return self.rows.columns()
@@ -48,14 +52,19 @@ class Joined(Rows):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def source_of(self, index: int) -> int:
-        """Return which part a row is from."""
-        return int(np.searchsorted(self.ends, index, side="right"))
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
     def get(self, index: int) -> Row:
         """Return one row."""
-        part = self.source_of(index)
-        return self.parts[part].get(index - (int(self.ends[part - 1]) if part else 0))
+        part, at = self._locate(index)
+        return part.get(at)
+
+    def where(self, index: int) -> str:
+        """Return file:line, where there are lines."""
+        part, at = self._locate(index)
+        return part.where(at)
 
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the first part."""

@@ -1,4 +1,4 @@
-"""What became of the data: rows, drops by reason, tokens, packing; printed once, kept in run.json."""
+"""What became of the data: rows, drops by reason, tokens, packing; printed and kept."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field

@@ -7,7 +7,6 @@ and renamed when complete.
 import errno
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,7 @@ class Counts:
     tokens: int = 0
     trained: int = 0
     """Tokens with a weight above 0."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""
     examples: dict[str, str] = field(default_factory=dict)
     """Reason -> the first such row."""
@@ -40,7 +39,7 @@ class Counts:
     def drop(self, reason: str, example: str) -> None:
         """Count a row that is left out."""
         self.rows += 1
-        self.dropped[reason] += 1
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, example)
 
     def keep(self, unit: Unit) -> None:
@@ -57,7 +56,8 @@ class Counts:
         self.kept += other.kept
         self.tokens += other.tokens
         self.trained += other.trained
-        self.dropped.update(other.dropped)
+        for reason, rows in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + rows
         self.examples = other.examples | self.examples
 
     def to_json(self) -> str:
@@ -67,8 +67,7 @@ class Counts:
     @classmethod
     def from_json(cls, text: str | bytes) -> "Counts":
         """Read what to_json wrote."""
-        value = json.loads(text)
-        return cls(**value | {"dropped": Counter(value["dropped"])})
+        return cls(**json.loads(text))
 
 
 def to_batch(units: Sequence[Unit]) -> Any:  # noqa: ANN401 - a pyarrow.RecordBatch

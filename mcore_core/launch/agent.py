@@ -1,4 +1,4 @@
-"""The process that holds torchrun's agent: `python -m mcore_core.launch.agent OPTIONS mcore-args`."""
+"""The process that holds torchrun's agent: `python -m mcore_core.launch.agent OPTIONS ARG...`."""
 
 import json
 import logging

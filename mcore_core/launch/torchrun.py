@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mcore_core.config.distributed import DistributedConfig
 
 ERRORS = "MCORE_ERROR_DIR"
-"""Environment variable: the folder into which a rank writes its error, for the launcher to print."""
+"""Environment variable: the folder into which a rank writes its error for the launcher."""
 
 
 def wanted(options: "DistributedConfig") -> bool:

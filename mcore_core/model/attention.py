@@ -1,9 +1,9 @@
 """Core attention in plain torch: packed rows, GQA, windows, sinks, context parallelism.
 
 On the CPU one `scaled_dot_product_attention` a segment; on CUDA in half precision one call of
-`torch.nn.attention.varlen.varlen_attn` (the FlashAttention kernel inside torch). Keys and values are
-all-gathered once over the context-parallel group (their gradients reduce-scattered): no ring and no
-merging of partial softmaxes.
+`torch.nn.attention.varlen.varlen_attn` (the FlashAttention kernel inside torch). Keys and values
+are all-gathered once over the context-parallel group (their gradients reduce-scattered): no ring
+and no merging of partial softmaxes.
 """
 
 import math

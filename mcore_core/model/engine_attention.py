@@ -25,7 +25,13 @@ def engine_can(config: "DecoderConfig") -> bool:
 class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     """TEDotProductAttention that rotates queries and keys first, as CoreAttention does."""
 
-    def __init__(self, config: "DecoderConfig", layer_number: int, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        config: "DecoderConfig",
+        layer_number: int,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(config, layer_number, *args, **kwargs)
         self.rotary = config.rope_of(config.hf_layer(layer_number))
 

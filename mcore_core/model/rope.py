@@ -1,7 +1,7 @@
 """Rotary position embeddings for packed rows: one table of cosines and sines a row.
 
-Frequencies come from transformers' `ROPE_INIT_FUNCTIONS`, so every `rope_scaling` type means what it
-means there. Types whose frequencies depend on the sequence length (dynamic, longrope) are undefined
+Frequencies come from transformers' `ROPE_INIT_FUNCTIONS`, so every `rope_scaling` type means what
+it means there. Types whose frequencies depend on the sequence length (dynamic, longrope) are undefined
 in a packed row: they are fixed for the run by `max_length`.
 """
 
@@ -38,13 +38,14 @@ def rope_frequencies(architecture: "Architecture", max_length: int | None) -> tu
         "rope_theta": architecture.rotary_base,
         "partial_rotary_factor": architecture.rotary_percent,
     }
-    config = PretrainedConfig(
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        head_dim=architecture.kv_channels,
-        max_position_embeddings=architecture.max_position_embeddings,
-        rope_parameters=parameters,
-    )
+    fields: dict[str, Any] = {
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "head_dim": architecture.kv_channels,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "rope_parameters": parameters,
+    }
+    config: Any = PretrainedConfig(**fields)
     config.standardize_rope_params()
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_length)
     return inverse.float(), float(factor)

@@ -49,7 +49,9 @@ class RowReduce:
 
 def sum_over_data(values: Tensor) -> Tensor:
     """Sum over data- and context-parallel ranks, in place; every pipeline stage has its own."""
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(
+        values, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
     return values
 
 

@@ -59,8 +59,8 @@ def layers_per_stage(num_layers: int, options: SplitOptions) -> list[int]:
         return counts
     if extra_first or extra_last:
         raise ValueError(
-            "account_for_embedding/loss_in_pipeline_split and decoder_first/last_pipeline_num_layers "
-            "cannot be combined"
+            "account_for_embedding/loss_in_pipeline_split and "
+            "decoder_first/last_pipeline_num_layers cannot be combined"
         )
     if options.virtual:
         raise ValueError(

@@ -63,7 +63,7 @@ def initialize(
 
 def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
     if world == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

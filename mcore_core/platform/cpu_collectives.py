@@ -32,7 +32,7 @@ def _all_to_all_single(all_to_all: Any) -> Any:  # noqa: ANN401
     @functools.wraps(all_to_all)
     def wrapped(
         output: object,
-        input: object,  # noqa: A002  (torch's own name)
+        input: object,
         output_split_sizes: object = None,
         input_split_sizes: object = None,
         **kwargs: object,
@@ -79,7 +79,8 @@ def _reduce_scatter(reduce_scatter: Any) -> Any:  # noqa: ANN401
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         full = torch.cat([t.contiguous() for t in input_list])
         dist.all_reduce(full, op=op, group=group)
-        output.copy_(full.split([t.shape[0] for t in input_list])[dist.get_rank(group)])
+        parts = torch.split(full, [t.shape[0] for t in input_list])
+        output.copy_(parts[dist.get_rank(group)])
         return None
 
     return wrapped

@@ -10,11 +10,27 @@ import torch
 
 from mcore_core.platform.cpu_adam import FusedAdam
 
-HIDDEN = (
-    "transformer_engine transformer_engine_torch apex amp_C flash_attn flash_attn_2_cuda "
-    "flash_attn_3 flashinfer fused_weight_gradient_mlp_cuda grouped_gemm deep_ep nvidia_kitchen "
-    "nvidia_resiliency_ext mamba_ssm causal_conv1d fla tilelang flash_mla cudnn"
-).split()
+HIDDEN = [
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "flash_attn",
+    "flash_attn_2_cuda",
+    "flash_attn_3",
+    "flashinfer",
+    "fused_weight_gradient_mlp_cuda",
+    "grouped_gemm",
+    "deep_ep",
+    "nvidia_kitchen",
+    "nvidia_resiliency_ext",
+    "mamba_ssm",
+    "causal_conv1d",
+    "fla",
+    "tilelang",
+    "flash_mla",
+    "cudnn",
+]
 """GPU-only packages that megatron probes for. A half-installed one (a wheel without its library)
 raises something other than ImportError, which megatron does not catch."""
 
@@ -46,7 +62,7 @@ def patch_megatron() -> None:
 
 
 def _patch_recompute() -> None:
-    """CheckpointWithoutOutput tests `fp8 is not None` on a default of False, so asks TE about fp8."""
+    """CheckpointWithoutOutput asks TE about fp8: it tests `fp8 is not None` on a default of False."""
     from megatron.core.tensor_parallel import random as module  # noqa: PLC0415
 
     mcore_random: Any = module

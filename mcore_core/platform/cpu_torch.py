@@ -10,21 +10,56 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm "
-    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like empty_strided "
-    "scalar_tensor tril_indices triu_indices"
-).split()
-_NEW = "new_empty new_zeros new_ones new_full new_tensor".split()
-_NO_RESULT = (
-    "synchronize set_device empty_cache ipc_collect _sleep set_stream reset_peak_memory_stats "
-    "reset_max_memory_allocated _lazy_init init"
-).split()
-_ZERO = (
-    "memory_allocated max_memory_allocated memory_reserved max_memory_reserved utilization "
-    "temperature power_draw clock_rate"
-).split()
-_DTYPES = "Float Half BFloat16 Long Int Bool Byte Double".split()
+_FACTORIES = [
+    "tensor",
+    "as_tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "empty_strided",
+    "scalar_tensor",
+    "tril_indices",
+    "triu_indices",
+]
+_NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
+_NO_RESULT = [
+    "synchronize",
+    "set_device",
+    "empty_cache",
+    "ipc_collect",
+    "_sleep",
+    "set_stream",
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "_lazy_init",
+    "init",
+]
+_ZERO = [
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "utilization",
+    "temperature",
+    "power_draw",
+    "clock_rate",
+]
+_DTYPES = ["Float", "Half", "BFloat16", "Long", "Int", "Bool", "Byte", "Double"]
 
 
 class HostStream:

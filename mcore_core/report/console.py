@@ -94,7 +94,11 @@ class ConsoleReport:
             fields.append(("mem", gib(memory)))
         if not self._rich:
             fields.append(("eta", _eta(eta)))
-        fields += [(name, metric(name, value)) for name, value in means.metrics.items()]
+        fields += [
+            (name, metric(name, value))
+            for name, value in means.metrics.items()
+            if not name.startswith("timers/")
+        ]
         self._fields(fields)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from mcore_core.checkpoint.state import Trainable
+from mcore_core.checkpoint.state import Trainable, gather_weights
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.kernel import kernel_config
 from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
@@ -150,7 +150,8 @@ class Session:
         return results
 
     def weights(self) -> list[Part]:
-        """Return this rank's parts of the weights."""
+        """Return this rank's parts of the weights; collective."""
+        gather_weights(self.chunks)
         return parts(self.chunks)
 
 

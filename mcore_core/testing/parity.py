@@ -1,7 +1,8 @@
 """Compare layouts: weights from sharded keys, gradients put together again by sharded key.
 
-A gradient norm hides permutations; a gradient reassembled by its checkpoint key does not. Weights are
-drawn from the key and sliced by the shard's offsets, so that every layout starts from the same model.
+A gradient norm hides permutations; a gradient reassembled by its checkpoint key does not. Weights
+are drawn from the key and sliced by the shard's offsets, so that every layout starts from the same
+model.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from mcore_core.checkpoint.state import metadata
 from mcore_core.model.names import unwrap
-
 
 VOCAB_ROWS = 128
 

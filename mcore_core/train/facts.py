@@ -1,4 +1,4 @@
-"""Numbers about a model and a run that reports show: parameters, norms, floating-point operations."""
+"""Numbers that reports show: parameters, norms, floating-point operations, versions."""
 
 import platform as machine
 from collections.abc import Iterator, Sequence

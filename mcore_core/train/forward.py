@@ -51,7 +51,10 @@ class ForwardStep:
         self._arguments: dict[str, Any] = {"fp32_output": False} if half else {}
 
     def __call__(
-        self, batches: Iterator[Placed], chunk: Any, *_: object  # noqa: ANN401
+        self,
+        batches: Iterator[Placed],
+        chunk: Any,  # noqa: ANN401
+        *_: object,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Shares]]]:
         """Run one chunk on the next micro-batch; return its output and the loss function of it."""
         placed = next(batches)
@@ -59,7 +62,10 @@ class ForwardStep:
         return hidden, partial(self._finish, placed, chunk)
 
     def _finish(
-        self, placed: Placed, chunk: Any, hidden: Tensor  # noqa: ANN401
+        self,
+        placed: Placed,
+        chunk: Any,  # noqa: ANN401
+        hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Shares]:
         out = self.loss(placed, chunk, hidden)
         shares: Shares = {"loss": (out.total.detach(), out.count.detach()), **out.metrics}

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, reports; it ends in good order on SIGTERM."""
 
+import dataclasses
 import gc
 import signal
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,7 @@ def regroup(units: list["Unit"], micros: Sequence[list["Unit"]]) -> list[list["U
         return [[next(iterator) for _ in micro] for micro in micros]
     number = len(micros)
     bounds = [i * len(units) // number for i in range(number + 1)]
-    return [units[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [units[a:b] for a, b in pairwise(bounds)]
 
 
 def _after_step(session: Session, result: "StepResult", waited: float) -> None:
@@ -103,18 +105,12 @@ def _after_step(session: Session, result: "StepResult", waited: float) -> None:
         extra["tflops_per_device"] = flops / result.seconds / run.world_size / 1e12
     if logging.log_params_norm:
         extra["params_norm"] = params_norm(stepper.chunks)
-    shown = _with_metrics(result, metrics)
+    shown = dataclasses.replace(result, metrics=metrics)
     logged = session.reports.step(run, shown, extra)
     session.hooks.mcore_step_end(run=run, step=run.step, result=shown)
     if logged is not None and run.is_main:
         session.hooks.mcore_log(run=run, step=run.step, metrics=logged)
     session.saver.finish(blocking=False)
-
-
-def _with_metrics(result: "StepResult", metrics: dict[str, float]) -> "StepResult":
-    import dataclasses  # noqa: PLC0415
-
-    return dataclasses.replace(result, metrics=metrics)
 
 
 def _maybe_evaluate(session: Session) -> None:

@@ -72,15 +72,17 @@ def build_optimizer(
 
 
 def uses_distributed_optimizer(config: "RunConfig") -> bool:
-    """Return whether optimizer state is divided over data-parallel ranks (muon has its own way)."""
+    """Return whether optimizer state is divided over data-parallel ranks (adam only)."""
     return (
         config[DistributedConfig].use_distributed_optimizer
-        and "muon" not in config[OptimizerConfig].optimizer
+        and config[OptimizerConfig].optimizer == "adam"
     )
 
 
 def build_schedule(
-    config: "RunConfig", optimizer: Any, train_iters: int  # noqa: ANN401
+    config: "RunConfig",
+    optimizer: Any,  # noqa: ANN401
+    train_iters: int,
 ) -> OptimizerParamScheduler:
     """Return the learning-rate schedule, counted in optimizer steps."""
     options, decay = config[LearningRateConfig], config[RegularizationConfig].weight_decay

@@ -109,4 +109,4 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
         for f in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, f.name), Tensor)
     }
-    return dataclasses.replace(batch, **moved)
+    return dataclasses.replace(batch, **moved)  # type: ignore[arg-type]  # tensor fields only

@@ -1,6 +1,6 @@
-"""From the options and the model's config.json to the plan of what is built; torch-free where asked.
+"""From the options and the model's config.json to what is built; torch-free.
 
-`ModelSource` is what a launcher checks before it starts ranks; `model_plan` completes it.
+`ModelSource` is what a launcher checks before it starts ranks.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcore_core.config.layout_rules import check_model, layout_of
+from mcore_core.config.layout_rules import check_model, layout_of, split_options
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError
 from mcore_core.model.overrides import override
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
+from mcore_core.parallel.stages import layers_per_stage
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -46,9 +47,6 @@ def model_source(config: "RunConfig", manager: "PluginManager", world_size: int)
     Raises:
         UsageError: Every problem found.
     """
-    from mcore_core.config.layout_rules import split_options  # noqa: PLC0415  (one name more)
-    from mcore_core.parallel.stages import layers_per_stage  # noqa: PLC0415
-
     weights = config[WeightsConfig]
     assert weights.model is not None, "check_options requires --model"
     path = resolve_model_dir(
@@ -75,7 +73,7 @@ def model_source(config: "RunConfig", manager: "PluginManager", world_size: int)
 
 
 def dtype_name(config: "RunConfig", architecture: "Architecture") -> str:
-    """Return the number type of the weights: fp16 and bf16, then torch_dtype, then the checkpoint."""
+    """Return the type of the weights: fp16 and bf16, then torch_dtype, then the checkpoint's."""
     precision = config[PrecisionConfig]
     if precision.bf16:
         return "bfloat16"

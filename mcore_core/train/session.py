@@ -1,6 +1,8 @@
 """Set a run up, piece by piece, in the order in which a user's mistakes are cheapest to find."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -15,9 +17,9 @@ from mcore_core.checkpoint import folders as checkpoints
 from mcore_core.checkpoint.load import load
 from mcore_core.checkpoint.save import Saver
 from mcore_core.checkpoint.state import Trainable
-from mcore_core.component import Component
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.logging import LoggingConfig
+from mcore_core.config.template import TemplateConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.context import RunContext
@@ -34,7 +36,8 @@ from mcore_core.train.plan import ModelSource
 from mcore_core.train.step import Stepper
 
 if TYPE_CHECKING:
-    from mcore_core.cli.prepared import Prepared
+    from mcore_core.cli.prepared import Prepared, PreparedExport
+    from mcore_core.component import Component
     from mcore_core.config.compose import RunConfig
     from mcore_core.data.prepare import DataPlan
     from mcore_core.platform.base import Platform
@@ -81,10 +84,11 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     )
     template = Template(
         load_tokenizer(source.path),
-        config[_template_group()],
+        config[TemplateConfig],
         max_length=source.architecture.max_position_embeddings,
     )
-    recipe = prepared.recipe.load()(config, template)
+    build_recipe: Any = prepared.recipe.load()
+    recipe: Recipe[Any] = build_recipe(config, template)
     resume = _resume_from(config, source)
     data = build_data(
         config,
@@ -102,11 +106,11 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     on_cpu = platform.name == "cpu"
     plan = model_plan(source, config, platform, max_length=template.max_length)
     bare = build_model(plan, config, on_cpu=on_cpu)
-    bridge = _bridge(prepared)(source.family, source.architecture)
+    bridge = bridge_of(prepared)(source.family, source.architecture)
     if _takes_safetensors(config, resume):
         bridge.load(bare, source.path)
     chunks = wrap(bare, config)
-    optimizer = _first(prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks))
+    optimizer = prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks)
     if optimizer is None:
         optimizer = build_optimizer(config, chunks, plan.dtype, on_cpu=on_cpu)
     schedule = build_schedule(config, optimizer, run.train_iters)
@@ -159,16 +163,6 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     )
 
 
-def _template_group() -> Any:  # noqa: ANN401
-    from mcore_core.config.template import TemplateConfig  # noqa: PLC0415
-
-    return TemplateConfig
-
-
-def _first[T](found: T) -> T:
-    return found
-
-
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
     """Return the model's tokenizer."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
@@ -185,8 +179,9 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
         ) from error
 
 
-def _bridge(prepared: "Prepared") -> Any:  # noqa: ANN401
-    component: Component[Any] | None = prepared.manager.hook.mcore_build_bridge(
+def bridge_of(prepared: "PreparedExport") -> Any:  # noqa: ANN401
+    """Return the class that moves weights between Hugging Face files and the model."""
+    component: "Component[Any] | None" = prepared.manager.hook.mcore_build_bridge(
         config=prepared.config
     )
     if component is None:
@@ -200,8 +195,6 @@ def _bridge(prepared: "Prepared") -> Any:  # noqa: ANN401
 
 def on_writer(prepare: Callable[[], "DataPlan"]) -> "DataPlan":
     """Call on rank 0 of each machine; return the result, or raise its UsageError, on every rank."""
-    import os  # noqa: PLC0415
-
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", dist.get_rank())))
     mine: tuple[int, Any, list[Problem]] = (dist.get_rank() - local, None, [])
     if local == 0:
@@ -211,7 +204,7 @@ def on_writer(prepare: Callable[[], "DataPlan"]) -> "DataPlan":
             mine = (dist.get_rank(), None, list(error.problems))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    problems = next((p for _, _, p in everyone if p), [])
+    problems: list[Problem] = next((p for _, _, p in everyone if p), [])
     if problems:
         raise UsageError(problems)
     plan: DataPlan = everyone[mine[0]][1]
@@ -277,8 +270,6 @@ def _resume_from(config: "RunConfig", source: ModelSource) -> "checkpoints.Check
 
 def plain_architecture(source: ModelSource) -> dict[str, Any]:
     """Return what makes two models the same, as JSON holds it."""
-    import json  # noqa: PLC0415
-
     fields = dataclasses.asdict(source.architecture)
     for name in ("dtype", "initializer_range", "attention_dropout", "hidden_dropout"):
         fields.pop(name)

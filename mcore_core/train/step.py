@@ -175,9 +175,7 @@ class Stepper:
         )
         return shares
 
-    def _totals(
-        self, shares: list[Shares], placed: list[Placed]
-    ) -> dict[str, tuple[float, float]]:
+    def _totals(self, shares: list[Shares], placed: list[Placed]) -> dict[str, tuple[float, float]]:
         """Sum the shares of all micro-batches and ranks."""
         summed: Shares = {}
         for share in shares:

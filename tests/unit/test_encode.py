@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 from data_tools import chat, make_config, make_template, write_jsonl
+from mcore_sft.recipe import SFTRecipe
 
 from mcore_core.data import encode, store
 from mcore_core.data.encode import LazyUnits, RowEncoder, cache_dir, cache_key, encode_rows
 from mcore_core.data.files import JsonlRows, ListRows
 from mcore_core.data.store import Counts, UnitTable, to_batch, unit_writer
 from mcore_core.errors import UsageError
-from mcore_sft.recipe import SFTRecipe
 
 LONG = chat("q", "a" * 200)
 NO_ANSWER = {"messages": [{"role": "user", "content": "q"}]}
@@ -72,9 +72,9 @@ def test_dropped_rows_are_counted_by_reason_with_the_first_of_each(tmp_path):
         "malformed": 2,
     }
     assert counts.examples == {
-        "longer than --max_length": "mine row 2",
-        "nothing to train on": "mine row 3",
-        "malformed": "mine row 5: 'messages' must be a list of messages, found 3 (int)",
+        "longer than --max_length": f"{path}:2",
+        "nothing to train on": f"{path}:3",
+        "malformed": f"{path}:5: 'messages' must be a list of messages, found 3 (int)",
     }
 
 
@@ -117,8 +117,8 @@ def test_all_rows_dropped_says_why_and_what_to_do(tmp_path):
         encode_rows(rows, encoder(), path=tmp_path / "x.arrow", name="mine")
     assert str(caught.value) == (
         "error[MC410]: mine: nothing is left to train on, all 4 rows were dropped\n"
-        "  3 x longer than --max_length (first: mine row 1)\n"
-        "  1 x nothing to train on (first: mine row 4)\n"
+        f"  3 x longer than --max_length (first: {tmp_path}/x.jsonl:1)\n"
+        f"  1 x nothing to train on (first: {tmp_path}/x.jsonl:4)\n"
         "  fix: raise --max_length, or --truncation_strategy right cuts them; the rows have no "
         "assistant message that trains; see --loss_scale"
     )

@@ -5,6 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from data_tools import chat, make_config, make_template, write_jsonl
+from mcore_sft.recipe import SFTRecipe
 
 from mcore_core.data.encode import LazyUnits, RowEncoder
 from mcore_core.data.files import ListRows
@@ -12,7 +13,6 @@ from mcore_core.data.loader import EvalLoader, Items, TrainLoader, Workers
 from mcore_core.data.sampler import GlobalBatches, Share
 from mcore_core.data.stream import Stream, StreamLoader, StreamOptions, interleaved, shuffled
 from mcore_core.errors import UsageError
-from mcore_sft.recipe import SFTRecipe
 
 
 def units(n):

@@ -136,7 +136,7 @@ def test_a_generation_prompt_that_the_last_turn_does_not_have_is_an_error():
 def test_tags_that_mark_other_stretches_than_turns_are_an_error_only_where_turns_differ():
     merged = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
     assert shown(make_template(merged), TWO) == "h«iyoandso»"
-    with pytest.raises(UsageError, match="it has 2 assistant turns, but .* mark 1 stretches"):
+    with pytest.raises(UsageError, match=r"it has 2 assistant turns, but .* mark 1 stretches"):
         make_template(merged, loss_scale="last_round").encode(TWO)
 
 
@@ -270,7 +270,7 @@ def test_the_system_option_is_text_or_a_file(tmp_path):
     file.write_text("be kind\n")
     assert make_template(system=str(file)).system == "be kind"
     assert make_template(system="be brief").system == "be brief"
-    with pytest.raises(UsageError, match="--system gone.txt: No such file or directory"):
+    with pytest.raises(UsageError, match=r"--system gone.txt: No such file or directory"):
         make_template(system="gone.txt")
 
 

@@ -1,0 +1,134 @@
+"""What `mcore export` does: one model through megatron-core, written for one side or the other."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.export import ExportConfig
+from mcore_core.config.weights import WeightsConfig
+from mcore_core.errors import usage_error
+
+if TYPE_CHECKING:
+    from mcore_core.cli.prepared import PreparedExport
+    from mcore_core.train.plan import ModelSource
+
+
+def convert(prepared: "PreparedExport") -> None:
+    """Load `--load` or `--model`, and write `--save`; collective."""
+    from mcore_core.cli.execute import begin, source_of  # noqa: PLC0415  (it imports this module)
+
+    config = prepared.config
+    target = Path(config[CheckpointConfig].save or "").expanduser()
+    _check_target(target, exist_ok=config[ExportConfig].exist_ok)
+    prepared = _with_model(prepared)
+    source = source_of(prepared)
+    platform = begin(prepared, source)
+    from mcore_core.parallel.state import shut_down  # noqa: PLC0415
+    from mcore_core.train.build import build_model, model_plan  # noqa: PLC0415
+    from mcore_core.train.session import bridge_of  # noqa: PLC0415
+
+    plan = model_plan(source, prepared.config, platform, max_length=None)
+    chunks = build_model(plan, prepared.config, on_cpu=platform.name == "cpu")
+    bridge = bridge_of(prepared)(source.family, source.architecture)
+    _load(prepared, source, chunks, bridge)
+    if config[ExportConfig].to_hf:
+        target.mkdir(parents=True, exist_ok=True)
+        bridge.save(
+            chunks,
+            target,
+            max_shard_size=config[WeightsConfig].max_shard_bytes,
+            source=source.path,
+        )
+    else:
+        _save_state(prepared, source, chunks, target)
+    _say(f"wrote {target}")
+    shut_down()
+
+
+def _with_model(prepared: "PreparedExport") -> "PreparedExport":
+    """Take the model's config from the checkpoint where `--model` was not given."""
+    import dataclasses  # noqa: PLC0415
+
+    from mcore_core.checkpoint import folders  # noqa: PLC0415
+
+    config = prepared.config
+    if config[WeightsConfig].model is not None:
+        return prepared
+    checkpoint = folders.require(Path(config[CheckpointConfig].load or "").expanduser())
+    if not (checkpoint.path / "config.json").is_file():
+        raise usage_error(
+            "MC517",
+            f"{checkpoint.path} has no config.json: it was saved with --save_safetensors false",
+            "fix: --model with the model that the run was started from",
+        )
+    return dataclasses.replace(prepared, config=config.replace(model=str(checkpoint.path)))
+
+
+def _load(
+    prepared: "PreparedExport",
+    source: "ModelSource",
+    chunks: list[Any],
+    bridge: Any,  # noqa: ANN401
+) -> None:
+    options = prepared.config[CheckpointConfig]
+    if options.load is None:
+        bridge.load(chunks, source.path)
+        return
+    from mcore_core.checkpoint import folders  # noqa: PLC0415  (megatron)
+    from mcore_core.checkpoint.load import load  # noqa: PLC0415
+    from mcore_core.checkpoint.state import Trainable  # noqa: PLC0415
+
+    checkpoint = folders.require(Path(options.load).expanduser())
+    weights_only = options.model_copy(update={"finetune": True})
+    load(Trainable(chunks, None, source.layout), checkpoint, weights_only)
+
+
+def _save_state(
+    prepared: "PreparedExport", source: "ModelSource", chunks: list[Any], target: Path
+) -> None:
+    from mcore_core.checkpoint.save import Contents, Saver  # noqa: PLC0415  (megatron)
+    from mcore_core.checkpoint.state import Trainable  # noqa: PLC0415
+    from mcore_core.train.session import plain_architecture  # noqa: PLC0415
+
+    options = prepared.config[CheckpointConfig].model_copy(
+        update={"no_save_optim": True, "no_save_rng": True, "async_save": False}
+    )
+    saver = Saver(target, options, lambda step, path, seconds: None)
+    training = {
+        "layout": str(source.layout),
+        "world": source.layout.world,
+        "architecture": plain_architecture(source),
+        "has_optimizer": False,
+        "has_rng": False,
+    }
+
+    def copy_config(folder: Path) -> None:
+        for name in ("config.json", "generation_config.json"):
+            if _is_main() and (source.path / name).is_file():
+                shutil.copy(source.path / name, folder / name)
+
+    contents = Contents(step=0, training=training, common={}, write_model=copy_config)
+    target.mkdir(parents=True, exist_ok=True)
+    saver.save(Trainable(chunks, None, source.layout), contents)
+
+
+def _check_target(target: Path, *, exist_ok: bool) -> None:
+    if target.is_dir() and any(target.iterdir()) and not exist_ok:
+        raise usage_error(
+            "MC518",
+            f"--save {target} is not empty",
+            "fix: another folder, or --exist_ok to write into this one",
+        )
+
+
+def _is_main() -> bool:
+    import torch.distributed as dist  # noqa: PLC0415
+
+    return dist.get_rank() == 0
+
+
+def _say(text: str) -> None:
+    if _is_main():
+        sys.stdout.write(text + "\n")

@@ -1,0 +1,46 @@
+"""No option is silently ignored: code outside the option groups reads it, or it is refused."""
+
+import re
+from pathlib import Path
+
+from mcore_core.config.export import ExportConfig
+from mcore_core.config.kernel import KERNEL_GROUPS
+from mcore_core.config.refused import REFUSED
+
+ROOT = Path(__file__).parents[2]
+DECLARATIONS = {"settle.py", "layout_rules.py", "weights.py", "precision.py"}
+"""The files of mcore_core/config that act on options rather than declare or check them."""
+ONLY_CHOICE = {"ckpt_format"}
+"""There is one value, and it is what the kernel does."""
+NEEDS_ITS_SWITCH = {"cross_entropy_fusion_impl"}
+"""Means nothing without another option, which is refused."""
+PENDING = {
+    "offload_bridge",
+    "check_model",
+    "no_data_sharding",
+    "dataloader_pin_memory",
+    "no_initialization",
+    "exist_ok",
+    "wandb_project",
+    "wandb_exp_name",
+    "wandb_save_dir",
+    "fp8_format",
+    "fp8_recipe",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_param_gather",
+}
+"""Declared, and not yet read by anything. To be emptied."""
+
+
+def test_every_option_is_read_or_refused() -> None:
+    files = [*ROOT.glob("mcore_core/**/*.py"), *ROOT.glob("plugins/*/*/**/*.py")]
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in files
+        if path.parent.name != "config" or path.name in DECLARATIONS
+    )
+    read = set(re.findall(r"\.([a-z0-9_]+)\b", code)) | set(re.findall(r"[\"']([a-z0-9_]+)", code))
+    options = {n for group in (*KERNEL_GROUPS, ExportConfig) for n in group.model_fields}
+    unread = options - read - set(REFUSED) - ONLY_CHOICE - NEEDS_ITS_SWITCH
+    assert sorted(unread - PENDING) == []
