@@ -14,7 +14,7 @@ def check_plugin(name: str, plugin: object) -> None:
     if not isinstance(plugin, Plugin):
         raise usage_error(
             "MC106",
-            f"plugin {name!r} ({origin(name)}) is a {type(plugin).__name__}, not a Plugin",
+            f"plugin {name!r} ({origin(name)}) is of type {type(plugin).__name__}, not a Plugin",
             "fix: let the entry point name a subclass of mcore_core.Plugin",
         )
     if plugin.role not in ("recipe", "support"):

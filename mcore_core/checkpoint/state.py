@@ -70,6 +70,7 @@ def sharded_state(
             k: v for k, v in weights.items() if not k.endswith("_extra_state")
         }
     if optimizer and run.optimizer is not None:
+        _initialize(run.optimizer)
         models = state if len(run.chunks) > 1 else state["model"]
         state["optimizer"] = run.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=meta
@@ -77,6 +78,13 @@ def sharded_state(
     if rng:
         state["rng"] = _rng_object(run.layout)
     return state
+
+
+def _initialize(optimizer: Any) -> None:  # noqa: ANN401
+    """Make the state that the first update would make: with fp16 it may not have come yet."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "init_state_fn", None) is not None and part.optimizer is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _rng_object(layout: "Layout") -> ShardedObject:

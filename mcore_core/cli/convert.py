@@ -30,7 +30,7 @@ def convert(prepared: "PreparedExport") -> None:
     from mcore_core.train.session import bridge_of  # noqa: PLC0415
 
     plan = model_plan(source, prepared.config, platform, max_length=None)
-    chunks = build_model(plan, prepared.config, on_cpu=platform.name == "cpu")
+    chunks = build_model(plan, prepared.config, on_cpu=platform.name == "cpu", initialize=False)
     bridge = bridge_of(prepared)(source.family, source.architecture)
     _load(prepared, source, chunks, bridge)
     if config[ExportConfig].to_hf:

@@ -30,10 +30,10 @@ class DataLoaderConfig(ConfigGroup):
     group_by_length: bool = False
     """Put samples of similar length into the same global batch, so that ranks wait less."""
     dataloader_type: Literal["single", "cyclic", "external"] = "cyclic"
-    """cyclic: pass over the data again and again; single: one pass in order."""
+    """cyclic: shuffled anew for each pass; single: always in the order of the data."""
     no_data_sharding: bool = False
-    """Shuffle over all samples before dividing them among ranks, rather than giving each rank a
-    fixed part and shuffling that."""
+    """Megatron's switch to draw from all samples rather than from a rank's own part. Here every
+    batch is drawn from all samples, and is the same whatever the layout."""
     num_workers: int = Field(4, ge=0, json_schema_extra=also("dataloader_num_workers"))
     """Processes that prepare batches on each rank; 0: the training process itself."""
     dataloader_pin_memory: bool = True

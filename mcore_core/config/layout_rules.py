@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from mcore_core.config.compose import RunConfig
+from mcore_core.config.precision import PrecisionConfig
 from mcore_core.errors import Problem
 from mcore_core.model.architecture import Architecture
 from mcore_core.parallel.stages import SplitOptions, expand_layout, layers_per_stage
@@ -211,8 +212,19 @@ def _microbatches(config: RunConfig, layout: Layout) -> list[Problem]:
 
 
 def check_model(config: RunConfig, architecture: Architecture, layout: Layout) -> list[Problem]:
-    """Return what of the model does not divide over the layout."""
-    return [*_tensor(architecture, layout), *_layers(config, architecture, layout)]
+    """Return what of the model does not fit the layout."""
+    dtype = config[PrecisionConfig].dtype(architecture.dtype)
+    problems = [*_tensor(architecture, layout), *_layers(config, architecture, layout)]
+    if config.get("optimizer") == "dist_muon" and dtype == "float32":
+        problems.append(
+            Problem(
+                "MC613",
+                "--optimizer dist_muon spreads 16-bit weights over ranks, and this run is in "
+                "float32",
+                ["fix: --bf16, or --optimizer muon"],
+            )
+        )
+    return problems
 
 
 def _tensor(shape: Architecture, layout: Layout) -> Iterator[Problem]:

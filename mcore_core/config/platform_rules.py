@@ -83,9 +83,8 @@ def check_platform(config: RunConfig, platform: PlatformFacts) -> list[Problem]:
         problems.append(
             Problem(
                 "MC312",
-                f"--{option} {as_typed(config.get(option))} needs "
-                + " and ".join(need.lacks for need in missing),
-                [f"fix: {missing[-1].get}, or use {instead or f'--{option} false'}"],
+                f"--{option} {as_typed(config.get(option))} needs {lacks}",
+                [f"fix: {missing[0].get}, or use {instead or f'--{option} false'}"],
             )
         )
     return problems

@@ -20,3 +20,9 @@ class PrecisionConfig(ConfigGroup):
     """Divide attention scores by the layer's number, against overflow in float16."""
     attention_softmax_in_fp32: bool = True
     """Compute the softmax of attention in float32."""
+
+    def dtype(self, checkpoint: str) -> str:
+        """Return the type of the run: fp16 and bf16, then torch_dtype, then the checkpoint's."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.fp16 else self.torch_dtype or checkpoint

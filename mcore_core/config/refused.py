@@ -66,6 +66,15 @@ REFUSED: Mapping[str, Refusal] = {
         "external is for code that calls megatron with a loader of its own; "
         "a plugin's mcore_datasets hook brings data in",
     ),
+    "no_data_sharding": (
+        _any,
+        "there are no shards: every batch is drawn from the whole data, whatever the layout",
+    ),
+    "check_model": (_any, "the model's files are always checked; that reads their headers only"),
+    "offload_bridge": (
+        _any,
+        "there is nothing to move: weights are converted one bucket at a time",
+    ),
     "auto_detect_ckpt_format": (_any, "there is one format, torch_dist"),
     "use_hf": (_any, "models come from a folder or from Hugging Face; no other hub is built in"),
 }

@@ -6,10 +6,11 @@ Which tokens train is never guessed. Two methods, the first that applies:
 2. *Prefix comparison.* For the assistant turn i, `before` is the rendering of the messages before
    it with the generation prompt (what the model is given at inference) and `after` that of the
    messages up to it. Both must be prefixes of the whole rendering; the text between them is what
-   the model has to write. In turns before the last a template may render differently while a turn
-   is the last one (Qwen3 adds an empty think block): then the turn's own content must stand,
-   unchanged and followed by the same end of turn, where the whole rendering departs from
-   `before`. Anything else is an error that shows where the renderings part.
+   the model has to write. In turns before the last a template may leave out markup that it writes
+   while a turn is the last one (Qwen3: an empty think block): then what remains of `after` must
+   stand where the whole rendering departs from `before`. Where more than markup is left out
+   (Qwen3: earlier thinking), or anything else differs, it is an error that shows where the
+   renderings part.
 
 Spans of text become tokens through the tokenizer's offsets. A token that reaches over the border
 to the prompt does not train (the model never writes it); whitespace after the end-of-turn token
@@ -22,12 +23,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcore_core.data.rows import Conversation, Message, RowDropped, RowError
+from mcore_core.data.template_files import read_chat_template, read_system
 from mcore_core.errors import UsageError, usage_error
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ type Weights = "NDArray[np.float32]"
 TOO_LONG = "longer than --max_length"
 NOTHING_TRAINS = "nothing to train on"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKUP = re.compile(r"<[^<>\n]*>|\s+")
 EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 NO_TEMPLATE_FIX = (
     "fix: --chat_template FILE.jinja, or --use_chat_template false to join the messages as plain "
@@ -80,8 +82,8 @@ class Template:
         self.tokenizer = tokenizer
         self.config = config
         self.max_length = config.max_length or max_length
-        self.system = _system_text(config.system)
-        self.chat_template = _chat_template(tokenizer, config.chat_template)
+        self.system = read_system(config.system)
+        self.chat_template = read_chat_template(tokenizer, config.chat_template)
         self._rounds, self._ignore_empty_think = parse_loss_scale(config.loss_scale)
         if config.truncation_strategy == "split":
             raise usage_error(
@@ -241,14 +243,20 @@ class Template:
         after = self._render(conversation, i + 1)
         if text.startswith(before) and text.startswith(after) and len(before) <= len(after):
             return len(before), len(after)
-        content = str(conversation.messages[i]["content"]).strip()
         start = _common(before, text)
+        opened = before.rfind("<", 0, start)
+        if ">" not in before[opened:start]:  # they part within a tag: <think> and <tool_call>
+            start = max(opened, 0)
         last = all(m["role"] != "assistant" for m in conversation.messages[i + 1 :])
-        if content and not last and start >= len(self._render(conversation, i)):
-            found = after.rfind(content)
-            written = after[found:] if found >= 0 else None
-            if written and text.startswith(written, start):
-                return start, start + len(written)
+        if not last and start >= len(self._render(conversation, i)):
+            at = start
+            while text[:start] == after[:start] and at < len(after):
+                if text.startswith(after[at:], start):
+                    return start, start + len(after) - at
+                markup = MARKUP.match(after, at)
+                if markup is None:
+                    break
+                at = markup.end()
         shown = after if text.startswith(before) else before
         at = _common(shown, text)
         raise self._ambiguous(
@@ -351,43 +359,3 @@ def _common(a: str, b: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
     return low
-
-
-def _system_text(value: str | None) -> str | None:
-    if value is None or not value.endswith(".txt"):
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise usage_error(
-            "MC413",
-            f"--system {value}: {error.strerror or error}",
-            "fix: give an existing .txt file, or the text itself",
-        ) from error
-
-
-def _chat_template(tokenizer: Any, file: str | None) -> str | None:  # noqa: ANN401
-    if file is None:
-        try:
-            return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
-        except ValueError:  # several named templates and no default
-            return None
-    from jinja2 import TemplateSyntaxError  # noqa: PLC0415 - start-up stays light
-    from transformers.utils.chat_template_utils import (  # noqa: PLC0415 - imports torch
-        _compile_jinja_template,
-    )
-
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        _compile_jinja_template(text)
-    except OSError as error:
-        raise usage_error(
-            "MC413", f"--chat_template {file}: {error.strerror or error}", "fix: name a jinja file"
-        ) from error
-    except TemplateSyntaxError as error:
-        raise usage_error(
-            "MC413",
-            f"--chat_template {file}:{error.lineno}: {error.message}",
-            "fix: correct the line",
-        ) from error
-    return text

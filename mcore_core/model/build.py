@@ -12,6 +12,7 @@ from megatron.core.models.hybrid import hybrid_block
 from megatron.core.transformer.enums import AttnBackend
 
 from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.fp8 import FP8Config
 from mcore_core.config.model import ModelConfig
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.train import TrainConfig
@@ -53,6 +54,8 @@ class ModelPlan:
     """Longest sequence of the run; fixes rope types that depend on it."""
     padded_vocab: int | None = None
     """None: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+    row_multiple: int = 1
+    """What packed rows are padded to beyond what the layout needs (FP8 kernels want 16 tokens)."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -66,8 +69,10 @@ class ModelPlan:
         return "|".join("*-" * count for count in self.stage_layers)
 
 
-def decoder_config(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> DecoderConfig:
-    """Return the TransformerConfig of this run."""
+def decoder_config(
+    plan: ModelPlan, config: "RunConfig", *, on_cpu: bool, initialize: bool = True
+) -> DecoderConfig:
+    """Return the TransformerConfig of this run; `initialize` draws random weights."""
     shape, layout = plan.architecture, plan.layout
     train, distributed, model = config[TrainConfig], config[DistributedConfig], config[ModelConfig]
     precision = config[PrecisionConfig]
@@ -80,12 +85,13 @@ def decoder_config(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> Dec
         "num_query_groups": shape.num_query_groups,
         "kv_channels": shape.kv_channels,
         "layernorm_epsilon": shape.norm_epsilon,
+        "layernorm_zero_centered_gamma": shape.zero_centered_gamma,
         "normalization": shape.normalization,
         "gated_linear_unit": shape.gated,
         "activation_func": ACTIVATIONS[shape.activation],
         "activation_func_clamp_value": model.activation_func_clamp_value,
         "glu_linear_offset": model.glu_linear_offset,
-        "add_bias_linear": shape.add_bias_linear,
+        "add_bias_linear": shape.mlp_bias or shape.attention_output_bias,
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
         "softmax_type": shape.softmax_type,
@@ -136,11 +142,13 @@ def decoder_config(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> Dec
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,  # ours reads positions from the row
         "persist_layer_norm": False,
+        "perform_initialization": initialize,
         "calculate_per_token_loss": True,  # losses are sums; the kernel divides
         "deterministic_mode": train.deterministic_mode,
         "architecture": shape,
         "rope": _rope(plan, train),
         **_recompute(train),
+        **_fp8(config[FP8Config]),
         **(train.megatron_extra_kwargs or {}),
     }
     return DecoderConfig(**{k: v for k, v in values.items() if v is not None or k == "rope"})
@@ -156,6 +164,18 @@ def _rope(plan: ModelPlan, train: TrainConfig) -> Rope | None:
 
 def _backend(name: str) -> AttnBackend:
     return AttnBackend.__members__.get(name, AttnBackend.auto)
+
+
+def _fp8(options: FP8Config) -> dict[str, Any]:
+    if options.fp8_format is None:
+        return {}
+    return {
+        "fp8": options.fp8_format,
+        "fp8_recipe": options.fp8_recipe,
+        "fp8_amax_history_len": options.fp8_amax_history_len,
+        "fp8_amax_compute_algo": options.fp8_amax_compute_algo,
+        "fp8_param": options.fp8_param_gather,
+    }
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:

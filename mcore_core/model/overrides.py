@@ -49,7 +49,8 @@ def override(architecture: "Architecture", config: "RunConfig") -> "Architecture
     if "untie_embeddings_and_output_weights" in given:
         changes["tie_word_embeddings"] = not options.untie_embeddings_and_output_weights
     if "disable_bias_linear" in given:
-        changes["add_bias_linear"] = not options.disable_bias_linear
+        biases = not options.disable_bias_linear
+        changes |= {"mlp_bias": biases, "attention_output_bias": biases}
     if options.window_size is not None or options.window_attn_skip_freq is not None:
         changes |= _windows(architecture, options, changes.get("num_layers"))
     return replace(architecture, **changes) if changes else architecture

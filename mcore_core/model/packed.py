@@ -1,8 +1,8 @@
 """A packed row as attention sees it: segments of queries and the keys they may look at.
 
 Everything is a list of *segments* (q_start, q_len, k_start, k_len), causal, aligned to the
-bottom right: query i of a segment sees keys 0 .. k_len - q_len + i. A sequence is one segment; under
-context parallelism (megatron's zigzag: rank r holds chunks r and 2 * cp - 1 - r of every sequence)
+bottom right: query i of a segment sees keys 0 .. k_len - q_len + i. A sequence is one segment;
+under context parallelism (zigzag: rank r holds chunks r and 2 * cp - 1 - r of every sequence)
 it is two, each seeing the sequence's keys up to the end of its chunk.
 """
 

@@ -1,8 +1,8 @@
 """Rotary position embeddings for packed rows: one table of cosines and sines a row.
 
 Frequencies come from transformers' `ROPE_INIT_FUNCTIONS`, so every `rope_scaling` type means what
-it means there. Types whose frequencies depend on the sequence length (dynamic, longrope) are undefined
-in a packed row: they are fixed for the run by `max_length`.
+it means there. Types whose frequencies depend on the sequence length (dynamic, longrope) are
+undefined in a packed row: they are fixed for the run by `max_length`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -38,18 +38,41 @@ def stack_spec(config: "DecoderConfig", *, transformer_engine: bool) -> ModuleSp
     return _local_spec(config)
 
 
+def with_bias(linear: Any, bias: bool) -> Any:  # noqa: ANN401
+    """Return a builder of a linear layer that has a bias, or has none, whatever it is told.
+
+    Megatron has one switch for attention's output and the MLP; models have one for each.
+    """
+
+    def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return linear(*args, **(kwargs | {"bias": bias}))
+
+    return build
+
+
 def _attention(config: "DecoderConfig", *, norm: Any, qkv: Any, core: Any, proj: Any) -> ModuleSpec:  # noqa: ANN401
+    shape = config.architecture
+    assert shape is not None
     qk_norm = norm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=qkv,
+            linear_qkv=with_bias(qkv, shape.add_qkv_bias),
             core_attention=core,
-            linear_proj=proj,
+            linear_proj=with_bias(proj, shape.attention_output_bias),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
+    )
+
+
+def _mlp(config: "DecoderConfig", fc1: Any, fc2: Any) -> Any:  # noqa: ANN401
+    assert config.architecture is not None
+    bias = config.architecture.mlp_bias
+    return partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=with_bias(fc1, bias), linear_fc2=with_bias(fc2, bias)),
     )
 
 
@@ -57,10 +80,7 @@ def _local_spec(config: "DecoderConfig") -> ModuleSpec:
     attention = _attention(
         config, norm=Norm, qkv=ColumnParallelLinear, core=CoreAttention, proj=RowParallelLinear
     )
-    mlp = partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
+    mlp = _mlp(config, ColumnParallelLinear, RowParallelLinear)
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
@@ -102,12 +122,7 @@ def _engine_spec(config: "DecoderConfig") -> ModuleSpec:
         core=EngineAttention if engine_can(config) else CoreAttention,
         proj=TERowParallelLinear,
     )
-    mlp = partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(
-            linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
-        ),
-    )
+    mlp = _mlp(config, TELayerNormColumnParallelLinear, TERowParallelLinear)
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(

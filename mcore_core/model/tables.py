@@ -52,14 +52,19 @@ def attention(a: Architecture) -> list[Rule]:
         norm(a, "model.layers.{l}.input_layernorm", "decoder.layers.{l}.input_layernorm"),
         qkv("weight", (a.hidden_size,)),
     ]
-    if a.add_qkv_bias or a.add_bias_linear:
+    if a.add_qkv_bias:
         rules.append(qkv("bias", ()))
     if a.qk_layernorm:
         for x in "qk":
             size = a.kv_channels
             rules.append(norm(a, f"{hf}{x}_norm", f"{mcore}{x}_layernorm", size=size))
     return rules + linear(
-        a, hf + "o_proj", mcore + "linear_proj", (a.hidden_size, heads), shard=ROW
+        a,
+        hf + "o_proj",
+        mcore + "linear_proj",
+        (a.hidden_size, heads),
+        shard=ROW,
+        bias=a.attention_output_bias,
     )
 
 
@@ -82,10 +87,15 @@ def gated_mlp(a: Architecture) -> list[Rule]:
         ),
         fc1("weight", (a.hidden_size,)),
     ]
-    if a.add_bias_linear:
+    if a.mlp_bias:
         rules.append(fc1("bias", ()))
     return rules + linear(
-        a, hf + "down_proj", mcore + "linear_fc2", (a.hidden_size, a.ffn_hidden_size), shard=ROW
+        a,
+        hf + "down_proj",
+        mcore + "linear_fc2",
+        (a.hidden_size, a.ffn_hidden_size),
+        shard=ROW,
+        bias=a.mlp_bias,
     )
 
 
@@ -115,8 +125,10 @@ def norm(a: Architecture, hf: str, mcore: str, *, size: int | None = None) -> Ru
     )
 
 
-def linear(a: Architecture, hf: str, mcore: str, shape: Shape, *, shard: Shard) -> list[Rule]:
-    """Return the rules of a linear layer's weight and, with add_bias_linear, its bias."""
+def linear(
+    a: Architecture, hf: str, mcore: str, shape: Shape, *, shard: Shard, bias: bool
+) -> list[Rule]:
+    """Return the rules of a linear layer's weight and, where it has one, its bias."""
     rules = [
         Rule(
             hf=(f"{hf}.weight",),
@@ -126,7 +138,7 @@ def linear(a: Architecture, hf: str, mcore: str, shape: Shape, *, shard: Shard) 
             over=layers(a),
         )
     ]
-    if a.add_bias_linear:
+    if bias:
         rules.append(
             Rule(
                 hf=(f"{hf}.bias",),

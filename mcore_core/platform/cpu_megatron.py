@@ -1,9 +1,12 @@
 """Megatron-core names that have no meaning without Transformer Engine, Apex or a compiler."""
 
 import contextlib
+import multiprocessing
+import signal
 import sys
 import types
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -62,7 +65,7 @@ def patch_megatron() -> None:
 
 
 def _patch_recompute() -> None:
-    """CheckpointWithoutOutput asks TE about fp8: it tests `fp8 is not None` on a default of False."""
+    """CheckpointWithoutOutput asks TE about fp8: it tests a default of False for None."""
     from megatron.core.tensor_parallel import random as module  # noqa: PLC0415
 
     mcore_random: Any = module
@@ -105,10 +108,30 @@ def _patch_optimizer() -> None:
 
 
 def _patch_save_queue() -> None:
-    """Saving spawns a process for one queue, which imports everything again: fork it instead."""
+    """Saving spawns a process for one queue, which imports everything again: fork it instead.
+
+    It ends with its parent; else a killed rank would leave it behind, holding its output open.
+    """
     from megatron.core.dist_checkpointing.strategies import (  # noqa: PLC0415
         filesystem_async as module,
     )
 
     filesystem: Any = module
-    filesystem.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
+
+    def get_write_results_queue(mp_mode: str = "fork") -> Any:  # noqa: ANN401
+        if filesystem._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+            manager.start(_end_with_parent)
+            filesystem._results_queue = manager.Queue()
+        return filesystem._results_queue
+
+    filesystem.get_write_results_queue = get_write_results_queue
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies."""
+    if sys.platform == "linux":
+        import ctypes  # noqa: PLC0415  (here only)
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

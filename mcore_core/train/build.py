@@ -1,7 +1,6 @@
 """Build the model of a run: chunks, weights, wrappers, optimizer, schedule."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,27 +8,22 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 
 from mcore_core.config.distributed import DistributedConfig
+from mcore_core.config.fp8 import FP8Config
 from mcore_core.config.model import ModelConfig
 from mcore_core.config.optimizer import OptimizerConfig
+from mcore_core.config.precision import PrecisionConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
-from mcore_core.train.optimizer import build_optimizer, uses_distributed_optimizer
-from mcore_core.train.plan import ModelSource, dtype_name
+from mcore_core.train.optimizer import uses_distributed_optimizer
+from mcore_core.train.plan import ModelSource
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.platform.base import Platform
-    from mcore_core.protocols import Bridge
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One model on this rank."""
-
-    plan: ModelPlan
-    chunks: Sequence[Any]
-    """Wrapped for training."""
-    bridge: "Bridge | None"
+FP8_TOKENS = 32
+"""Tokens of a rank's part of a row must be a multiple of this for FP8 matrix products."""
 
 
 def model_plan(
@@ -40,10 +34,13 @@ def model_plan(
         architecture=source.architecture,
         layout=source.layout,
         stage_layers=source.stage_layers,
-        dtype=DTYPES[dtype_name(config, source.architecture)],
+        dtype=DTYPES[config[PrecisionConfig].dtype(source.architecture.dtype)],
         transformer_engine=uses_engine(config, platform),
         max_length=max_length,
         padded_vocab=_padded_vocab(config, source),
+        row_multiple=FP8_TOKENS * source.layout.cp * source.layout.tp
+        if config[FP8Config].fp8_format
+        else 1,
     )
 
 
@@ -76,9 +73,14 @@ def _padded_vocab(config: "RunConfig", source: ModelSource) -> int | None:
     return size
 
 
-def build_model(plan: ModelPlan, config: "RunConfig", *, on_cpu: bool) -> list[Any]:
-    """Return this rank's chunks in training precision, not yet wrapped for data parallelism."""
-    decoder = decoder_config(plan, config, on_cpu=on_cpu)
+def build_model(
+    plan: ModelPlan, config: "RunConfig", *, on_cpu: bool, initialize: bool = True
+) -> list[Any]:
+    """Return this rank's chunks in training precision, not yet wrapped for data parallelism.
+
+    `initialize` draws random weights; without it they hold anything until they are loaded.
+    """
+    decoder = decoder_config(plan, config, on_cpu=on_cpu, initialize=initialize)
     chunks: list[Any] = list(build_chunks(plan, decoder))
     if not on_cpu:
         for chunk in chunks:
@@ -98,6 +100,7 @@ def wrap(chunks: Sequence[Any], config: "RunConfig") -> list[Any]:
         overlap_grad_reduce=distributed.overlap_grad_reduce,
         overlap_param_gather=distributed.overlap_param_gather,
         use_distributed_optimizer=uses_distributed_optimizer(config),
+        fp8_param_gather=config[FP8Config].fp8_param_gather,
         bucket_size=max(40_000_000, 1_000_000 * torch.distributed.get_world_size())
         if distributed.overlap_grad_reduce
         else None,
@@ -106,6 +109,3 @@ def wrap(chunks: Sequence[Any], config: "RunConfig") -> list[Any]:
         DistributedDataParallel(chunk.config, options, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
-
-
-__all__ = ["Model", "build_model", "build_optimizer", "model_plan", "uses_engine", "wrap"]

@@ -51,6 +51,7 @@ def build_optimizer(
         "adam_eps": regular.adam_eps,
         "sgd_momentum": regular.sgd_momentum,
         "params_dtype": dtype,
+        "initial_loss_scale": 2.0**16,  # float16: fine-tuning starts from small gradients
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "use_distributed_optimizer": uses_distributed_optimizer(config),

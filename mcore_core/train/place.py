@@ -4,6 +4,7 @@ Shapes: T tokens of the whole row before this module and of this rank's part aft
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -46,11 +47,12 @@ def _map_tokens(batch: Batch, function: Any) -> Batch:  # noqa: ANN401
     return dataclasses.replace(batch, **changed)
 
 
-def padded_lengths(lengths: tuple[int, ...], layout: "Layout") -> list[int]:
+def padded_lengths(lengths: tuple[int, ...], layout: "Layout", row_multiple: int = 1) -> list[int]:
     """Return the length of each sequence after padding; at least one sequence, never empty."""
     step = layout.seq_multiple
-    padded = [-(-n // step) * step for n in lengths] or [max(step, layout.row_multiple)]
-    padded[-1] += -sum(padded) % layout.row_multiple
+    row = math.lcm(layout.row_multiple, row_multiple)
+    padded = [-(-n // step) * step for n in lengths] or [max(step, row)]
+    padded[-1] += -sum(padded) % row
     return padded
 
 
@@ -61,13 +63,15 @@ def place(
     *,
     cp_rank: int = 0,
     cp_group: Any = None,  # noqa: ANN401
+    row_multiple: int = 1,
+    pin_memory: bool = False,
 ) -> Placed:
     """Return this rank's part of a micro-batch, on the device.
 
-    Sequences are padded to `layout.seq_multiple` and the row to `layout.row_multiple`; every
-    per-token field is 0 on padding, so nothing there counts.
+    Sequences are padded to `layout.seq_multiple` and the row to `layout.row_multiple` and
+    `row_multiple`; every per-token field is 0 on padding, so nothing there counts.
     """
-    padded = padded_lengths(batch.lengths, layout)
+    padded = padded_lengths(batch.lengths, layout, row_multiple)
     real = list(batch.lengths) or [0]
     cu = [0, *accumulate(padded)]
     source = torch.full((cu[-1],), -1, dtype=torch.long)
@@ -94,7 +98,7 @@ def place(
     owns_S = torch.zeros(len(real), dtype=torch.bool)
     owns_S[sequence[(position == 0) & is_real]] = True
     return Placed(
-        batch=_to_device(local, device),
+        batch=_to_device(local, device, pin_memory=pin_memory),
         row=PackedRow.build(cu, position.to(device, non_blocking=True)),
         reduce=RowReduce(sequence.to(device), owns_S.to(device), cp_group),
         trained=trained.to(device),
@@ -103,9 +107,9 @@ def place(
     )
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _to_device(batch: Batch, device: torch.device, *, pin_memory: bool) -> Batch:
     moved = {
-        f.name: value.to(device, non_blocking=True)
+        f.name: (value.pin_memory() if pin_memory else value).to(device, non_blocking=True)
         for f in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, f.name), Tensor)
     }

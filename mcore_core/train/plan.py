@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_core.config.layout_rules import check_model, layout_of, split_options
-from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError
 from mcore_core.model.overrides import override
@@ -70,13 +69,3 @@ def model_source(config: "RunConfig", manager: "PluginManager", world_size: int)
         layout=layout,
         stage_layers=tuple(counts),
     )
-
-
-def dtype_name(config: "RunConfig", architecture: "Architecture") -> str:
-    """Return the type of the weights: fp16 and bf16, then torch_dtype, then the checkpoint's."""
-    precision = config[PrecisionConfig]
-    if precision.bf16:
-        return "bfloat16"
-    if precision.fp16:
-        return "float16"
-    return precision.torch_dtype or architecture.dtype

@@ -18,6 +18,7 @@ from mcore_core.checkpoint.load import load
 from mcore_core.checkpoint.save import Saver
 from mcore_core.checkpoint.state import Trainable
 from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.dataloader import DataLoaderConfig
 from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.template import TemplateConfig
 from mcore_core.config.train import TrainConfig
@@ -29,9 +30,13 @@ from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
 from mcore_core.train import folders
-from mcore_core.train.build import build_model, build_optimizer, model_plan, wrap
+from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, environment
-from mcore_core.train.optimizer import build_schedule, uses_distributed_optimizer
+from mcore_core.train.optimizer import (
+    build_optimizer,
+    build_schedule,
+    uses_distributed_optimizer,
+)
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.step import Stepper
 
@@ -105,9 +110,16 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     run.train_iters = _train_iters(config, data)
     on_cpu = platform.name == "cpu"
     plan = model_plan(source, config, platform, max_length=template.max_length)
-    bare = build_model(plan, config, on_cpu=on_cpu)
+    reads = _takes_safetensors(config, resume)
+    filled = reads or resume is not None
+    bare = build_model(
+        plan,
+        config,
+        on_cpu=on_cpu,
+        initialize=not (filled and config[CheckpointConfig].no_initialization),
+    )
     bridge = bridge_of(prepared)(source.family, source.architecture)
-    if _takes_safetensors(config, resume):
+    if reads:
         bridge.load(bare, source.path)
     chunks = wrap(bare, config)
     optimizer = prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks)
@@ -115,7 +127,13 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         optimizer = build_optimizer(config, chunks, plan.dtype, on_cpu=on_cpu)
     schedule = build_schedule(config, optimizer, run.train_iters)
     stepper = Stepper(
-        chunks, recipe, plan, platform.device(), optimizer=optimizer, schedule=schedule
+        chunks,
+        recipe,
+        plan,
+        platform.device(),
+        optimizer=optimizer,
+        schedule=schedule,
+        pin_memory=config[DataLoaderConfig].dataloader_pin_memory,
     )
     if resume is not None:
         loaded = load(Trainable(chunks, optimizer, run.layout), resume, config[CheckpointConfig])
@@ -181,7 +199,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
 
 def bridge_of(prepared: "PreparedExport") -> Any:  # noqa: ANN401
     """Return the class that moves weights between Hugging Face files and the model."""
-    component: "Component[Any] | None" = prepared.manager.hook.mcore_build_bridge(
+    component: Component[Any] | None = prepared.manager.hook.mcore_build_bridge(
         config=prepared.config
     )
     if component is None:

@@ -45,9 +45,11 @@ class Stepper:
         *,
         optimizer: Any = None,  # noqa: ANN401
         schedule: "OptimizerParamScheduler | None" = None,
+        pin_memory: bool = False,
     ) -> None:
         self.chunks, self.recipe, self.plan, self.device = list(chunks), recipe, plan, device
         self.optimizer, self.schedule = optimizer, schedule
+        self.pin_memory = pin_memory and device.type == "cuda"
         self.forward = ForwardStep(recipe, plan)
         self.schedule_function = get_forward_backward_func()
         self.timers = Timers()
@@ -81,6 +83,8 @@ class Stepper:
                 self.device,
                 cp_rank=rank,
                 cp_group=group,
+                row_multiple=self.plan.row_multiple,
+                pin_memory=self.pin_memory,
             )
             for units in micros
         ]

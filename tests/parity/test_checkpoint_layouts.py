@@ -199,6 +199,7 @@ def test_finetune_takes_the_weights_only(tmp_path):
 def _refusal(tmp_path, saving, loading, other=None):
     def one_rank(_):
         session = Session(sft_case(steps=STEPS, **SHARDED), LAYOUTS["one"])
+        session.train(1)
         _save(session, tmp_path, [], **saving)
         fresh = session if other is None else Session(other, LAYOUTS["one"])
         try:
@@ -233,6 +234,7 @@ def test_a_checkpoint_of_another_model(tmp_path):
 def test_a_damaged_state_file(tmp_path):
     def one_rank(_):
         session = Session(sft_case(steps=STEPS, **SHARDED), LAYOUTS["one"])
+        session.train(1)
         _save(session, tmp_path, [])
         (tmp_path / "checkpoint-3" / "mcore" / ".metadata").write_bytes(b"")
         try:

@@ -195,3 +195,12 @@ def test_two_ways_to_divide_are_one_too_many() -> None:
         "--num_layers_per_virtual_pipeline_stage each say how a stage is divided\n"
         "  fix: keep one of them"
     )
+
+
+def test_dist_muon_needs_16_bits() -> None:
+    assert model_messages(1, optimizer="dist_muon") == [
+        "error[MC613]: --optimizer dist_muon spreads 16-bit weights over ranks, and this run is in "
+        "float32\n  fix: --bf16, or --optimizer muon"
+    ]
+    assert model_messages(1, optimizer="dist_muon", bf16=True) == []
+    assert model_messages(1, {"dtype": "bfloat16"}, optimizer="dist_muon") == []

@@ -187,7 +187,7 @@ class _Role(Plugin):
          "signature\n"),
         (_Default(), "error[MC109]: plugin 'x': mcore_step_end gives step a default value\n"),
         (_Role(), "error[MC106]: plugin 'x' (not installed) has the role 'helper'\n"),
-        (object(), "error[MC106]: plugin 'x' (not installed) is a object, not a Plugin\n"),
+        (object(), "error[MC106]: plugin 'x' (not installed) is of type object, not a Plugin\n"),
     ],
     ids=lambda v: type(v).__name__ if not isinstance(v, str) else "",
 )  # fmt: skip

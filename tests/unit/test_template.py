@@ -91,6 +91,16 @@ def test_enable_thinking_is_passed_and_moves_the_empty_block_to_the_prompt():
     )
 
 
+@pytest.mark.parametrize("thinking", [None, False])
+def test_a_turn_that_begins_with_markup_of_its_own_is_found(thinking):
+    call = {"role": "assistant", "content": "<tool_call>f</tool_call>"}
+    tool = {"role": "tool", "content": "1"}
+    template = make_template(THINKING, enable_thinking=thinking)
+    got = shown(template, Conversation(messages=(U1, call, tool, A2)))
+    assert f"{I}assistant\n«<tool_call>f</tool_call>{E}»\n{I}tool\n1{E}\n" in got
+    assert got.count("«") == 2
+
+
 @pytest.mark.parametrize("scale", ["ignore_empty_think", "default+ignore_empty_think"])
 def test_ignore_empty_think_leaves_the_empty_block_out(scale):
     got = shown(make_template(THINKING, loss_scale=scale), Conversation(messages=(U1, A1)))

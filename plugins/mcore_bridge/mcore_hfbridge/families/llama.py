@@ -13,13 +13,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """Read a LlamaConfig."""
     reader = ConfigReader(config, "llama")
     bias = reader.flag("attention_bias")
-    if bias != reader.flag("mlp_bias"):
-        reader.refuse(
-            "attention_bias",
-            f"with mlp_bias = {not bias}: megatron-core has biases on attention and MLP or on none",
-            "use a model in which the two agree",
-        )
-    return llama_like(reader, add_bias_linear=bias)
+    return llama_like(
+        reader,
+        add_qkv_bias=bias,
+        attention_output_bias=bias,
+        mlp_bias=reader.flag("mlp_bias"),
+    )
 
 
 FAMILY = Family(
