@@ -5,11 +5,16 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& { command -v $$p; break; }; done)
-PACKAGES := -e . -e plugins/mcore_sft -e plugins/mcore_bridge -e plugins/mcore_rlhf -e plugins/mcore_moe -e plugins/mcore_rewards
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+PACKAGES := -e . $(addprefix -e ,$(PLUGINS))
 export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
+# uv does not read pip's variables: hand a mirror over
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test parity slow test-gpu lint format docs bench lock clean
@@ -29,3 +34,45 @@ $(VENV)/.ready: requirements.lock pyproject.toml $(wildcard plugins/*/pyproject.
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps $(PACKAGES)
 	@touch $@
+
+quickstart: setup  ## make a small model, fine-tune it, and measure it before and after
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup  ## every test that is quick and needs no GPU
+	$(BIN)/python -m pytest tests -m "not parity and not slow and not gpu"
+
+parity: setup  ## every layout against one rank, the default ones included
+	$(BIN)/python -m pytest tests/parity -m "not gpu"
+
+slow: setup  ## real models, the quickstart, training killed and resumed
+	$(BIN)/python -m pytest tests -m slow --timeout 1800
+
+test-gpu: setup  ## what needs a CUDA device
+	$(BIN)/python -m pytest tests -m gpu --timeout 1800
+
+lint: setup  ## ruff, mypy --strict, and the layers of the architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## let ruff fix and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup  ## generate docs/reference/options.md anew
+	$(BIN)/python -m mcore_core.cli.options_doc docs/reference/options.md
+
+bench: setup  ## run every benchmark of bench/
+	@set -e; shopt -s nullglob; for script in bench/*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script"; done
+
+lock: setup  ## resolve requirements.lock anew from every pyproject.toml
+	$(BIN)/uv pip compile --generate-hashes --python-version 3.12 --group dev pyproject.toml \
+		$(addsuffix /pyproject.toml,$(PLUGINS)) -o requirements.lock \
+		--no-emit-package mcore-core --no-emit-package mcore-sft --no-emit-package mcore-hfbridge \
+		--no-emit-index-url
+
+clean:  ## remove what was built and run here, .venv included
+	rm -rf $(VENV) runs mcore_output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

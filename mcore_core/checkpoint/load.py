@@ -1,5 +1,6 @@
 """Load a checkpoint into a model and an optimizer, in any layout."""
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,16 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_core.checkpoint.folders import Checkpoint
 from mcore_core.checkpoint.state import Trainable, chunk_key, set_rng_state, sharded_state
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.names import unwrap
+
+_DAMAGED = (CheckpointingException, CheckpointException, FileNotFoundError, KeyError, EOFError)
+"""Torch's CheckpointException is no Exception: it wraps whatever the ranks failed with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,11 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
     request = sharded_state(run, optimizer=wants_optimizer, rng=wants_rng, loading=True)
     try:
         state = dist_checkpointing.load(request, str(checkpoint.state), _strategy(options))
-    except (CheckpointingException, FileNotFoundError, KeyError, EOFError) as error:
+    except _DAMAGED as error:
         raise usage_error(
             "MC705",
             f"{checkpoint.path} cannot be loaded",
-            f"{type(error).__name__}: {error}",
+            _cause(error),
             "fix: load another checkpoint; --no_load_optim if only the optimizer is damaged",
         ) from error
     for i, chunk in enumerate(run.chunks):
@@ -65,6 +70,13 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
     if wants_rng:
         set_rng_state(state["rng"])
     return Loaded(state.get("common", {}), wants_optimizer, wants_rng)
+
+
+def _cause(error: BaseException) -> str:
+    """Return in a line what went wrong on the first rank that failed."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    first = next((cause for cause, _ in failures.values()), error)
+    return textwrap.shorten(f"{type(first).__name__}: {first}", 300, placeholder=" ...")
 
 
 def _fill(chunk: Any, weights: dict[str, Any], checkpoint: Checkpoint) -> None:  # noqa: ANN401

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from mcore_core.model.packed import PackedRow, Segment
+from mcore_core.model.sinks import sink_attention
 
 if TYPE_CHECKING:
     from mcore_core.model.config import DecoderConfig
@@ -48,12 +49,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.layer = config.hf_layer(layer_number)
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_scale = (
+            softmax_scale or config.shape.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        )
         if config.apply_query_key_layer_scaling:
             self.softmax_scale /= self.layer + 1
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = config.window_of(self.layer)
-        self.rope = config.rope_of(self.layer)
+        # latent attention rotates a part of its heads itself, before it comes here
+        self.rope = None if config.shape.mla is not None else config.rope_of(self.layer)
         self.softmax_offset = self._sinks(config.num_attention_heads // self.tp_group.size())
 
     def _sinks(self, heads: int) -> Tensor | None:
@@ -113,8 +117,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _use_varlen(self, query: Tensor) -> bool:
         half = query.dtype in (torch.bfloat16, torch.float16)
         wanted = self.config.attention_kernel in ("auto", "flash")
-        plain = self.softmax_offset is None and not self._dropout()
-        return query.is_cuda and half and wanted and plain
+        return query.is_cuda and half and wanted and not self._dropout()
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow, cp: int) -> Tensor:
         plan = row.varlen(self.cp_group.rank(), cp)
@@ -123,10 +126,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         size = v.shape[-1]
         if size != q.shape[-1]:
             v = F.pad(v, (0, q.shape[-1] - size))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset
+            scale, window = self.softmax_scale, self.window
+            return sink_attention(q, k, v, sinks, plan, scale=scale, window=window)[..., :size]
         out = varlen_attn(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
+            q,
+            k,
+            v,
             plan.cu_q,
             plan.cu_k,
             plan.max_q,

@@ -21,6 +21,17 @@ class DecoderConfig(TransformerConfig):  # type: ignore[misc]
     attention_kernel: str = "auto"
     """auto and flash: the fused kernel where it can be used; unfused: one segment at a time."""
     rope: "Rope | None" = field(default=None, repr=False)
+    window_rope: "Rope | None" = field(default=None, repr=False)
+    """The rotary table of windowed layers where it differs."""
+    aux_loss_scale: float = 1.0
+    """What auxiliary losses of one micro-batch are multiplied by: one over the micro-batches of the
+    global batch. Set for each step."""
+
+    @property
+    def shape(self) -> "Architecture":
+        """The architecture, which every decoder has."""
+        assert self.architecture is not None
+        return self.architecture
 
     def hf_layer(self, layer_number: int) -> int:
         """Return the HF layer, from 0, of a pattern position, from 1."""
@@ -28,14 +39,17 @@ class DecoderConfig(TransformerConfig):  # type: ignore[misc]
 
     def window_of(self, layer: int) -> int | None:
         """Return how many earlier tokens a query of an HF layer sees; None for all."""
-        shape = self.architecture
-        assert shape is not None
+        shape = self.shape
         if shape.window_size is None or layer not in shape.window_layers:
             return None
         return shape.window_size - 1
 
     def rope_of(self, layer: int) -> "Rope | None":
         """Return the rotary table of an HF layer; None for a layer without positions."""
+        if layer in self.shape.no_rope_layers:
+            return None
+        if self.window_rope is not None and self.window_of(layer) is not None:
+            return self.window_rope
         return self.rope
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderConfig":

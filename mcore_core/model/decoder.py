@@ -5,6 +5,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
+from mcore_core.compat.grad_fusion import without_apex
 from mcore_core.model.head import HeadLayer
 from mcore_core.model.packed import PackedRow
 
@@ -13,7 +14,8 @@ class Decoder(HybridModel):  # type: ignore[misc]
     """One pipeline chunk: embedding, layers and final norm, as far as this chunk has them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(*args, **kwargs)
+        with without_apex():
+            super().__init__(*args, **kwargs)
         if self.post_process:
             # HybridModel builds its output layer by class name and always computes logits in it;
             # the same module as a HeadLayer keeps the weight, its sharding and its hooks

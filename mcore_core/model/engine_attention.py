@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def engine_can(config: "DecoderConfig") -> bool:
     """Return whether Transformer Engine's kernel serves every layer; else ours does.
 
-    Windows chosen by layer, sinks and context parallelism over packed rows run in our attention,
+    Windows chosen by layer, sinks, latent attention and context parallelism over packed rows run in our attention,
     where they are tested.
     """
-    windows = config.architecture is not None and config.architecture.window_size is not None
-    plain = config.softmax_type == "vanilla" and not windows
+    windows = config.shape.window_size is not None
+    plain = config.softmax_type == "vanilla" and not windows and config.shape.mla is None
     return plain and config.context_parallel_size == 1
 
 
@@ -32,6 +32,7 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
+        kwargs["softmax_scale"] = kwargs.get("softmax_scale") or config.shape.softmax_scale
         super().__init__(config, layer_number, *args, **kwargs)
         self.rotary = config.rope_of(config.hf_layer(layer_number))
 

@@ -32,6 +32,9 @@ class Piece:
     axes: Shape
     """For each axis of the weight, the HF axis that runs along it. HF axes not named (the expert
     of a stacked tensor) are fixed at `at`."""
+    steps: Shape = ()
+    """For each axis of the weight, the distance in the HF tensor between neighbours: 2 where gate
+    and up columns take turns. Empty: 1 everywhere."""
 
     @property
     def numel(self) -> int:
@@ -46,8 +49,26 @@ class Piece:
     @property
     def hf_slices(self) -> tuple[slice, ...]:
         """The box in the HF tensor."""
-        sizes = dict(zip(self.axes, self.size, strict=True))
-        return tuple(slice(a, a + sizes.get(k, 1)) for k, a in enumerate(self.at))
+        return tuple(
+            slice(a, a + (n - 1) * step + 1, step)
+            for a, (n, step) in zip(self.at, self._extents(), strict=True)
+        )
+
+    @property
+    def hf_span(self) -> tuple[slice, ...]:
+        """The smallest box without steps that holds it."""
+        return tuple(slice(s.start, s.stop) for s in self.hf_slices)
+
+    def _extents(self) -> list[tuple[int, int]]:
+        """Length and step along each HF axis."""
+        out = [(1, 1)] * len(self.at)
+        for axis, k in enumerate(self.axes):
+            out[k] = (self.size[axis], self.step(axis))
+        return out
+
+    def step(self, axis: int) -> int:
+        """Return the distance in the HF tensor between neighbours along the weight's `axis`."""
+        return self.steps[axis] if self.steps else 1
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -60,7 +81,8 @@ class Piece:
         high = min(stop, self.to[axis] + self.size[axis])
         if low >= high:
             return None
-        moved = _set(self.at, self.axes[axis], self.at[self.axes[axis]] + low - self.to[axis])
+        skipped = (low - self.to[axis]) * self.step(axis)
+        moved = _set(self.at, self.axes[axis], self.at[self.axes[axis]] + skipped)
         return replace(
             self, at=moved, to=_set(self.to, axis, low), size=_set(self.size, axis, high - low)
         )
@@ -120,12 +142,15 @@ class Shard:
     """Which part of a whole weight a rank of `group` holds.
 
     Without `dim` every rank holds all of it. Otherwise `dim` is made of `blocks` equal blocks (gate
-    and up), each split evenly; a rank holds its part of every block, one after another.
+    and up), or of blocks of the lengths in `sections`, each split evenly; a rank holds its part of
+    every block, one after another. Which experts a rank of an expert-parallel group holds is seen
+    from the names of its weights, as with layers and pipeline stages.
     """
 
     dim: int | None = None
     blocks: int = 1
-    group: Literal["tp", "ep", "etp"] = "tp"
+    group: Literal["tp", "etp"] = "tp"
+    sections: Shape = ()
 
     def local_shape(self, shape: Shape, size: int) -> Shape:
         """Return the shape of one rank's part, given the whole weight's."""
@@ -135,20 +160,27 @@ class Shard:
 
     def divides(self, shape: Shape, size: int) -> bool:
         """True where the weight can be split over `size` ranks."""
-        return self.dim is None or shape[self.dim] % (self.blocks * size) == 0
+        if self.dim is None:
+            return True
+        lengths = self._lengths(shape[self.dim])
+        return sum(lengths) == shape[self.dim] and not any(n % size for n in lengths)
+
+    def _lengths(self, length: int) -> Shape:
+        return self.sections or (length // self.blocks,) * self.blocks
 
     def local(self, pieces: Sequence[Piece], shape: Shape, rank: int, size: int) -> list[Piece]:
         """Return the pieces of the part that `rank` holds, in that part's coordinates."""
         if self.dim is None:
             return list(pieces)
-        block = shape[self.dim] // self.blocks
-        part = block // size
+        block, held = 0, 0
         out = []
-        for b in range(self.blocks):
-            start = b * block + rank * part
+        for length in self._lengths(shape[self.dim]):
+            part = length // size
+            start = block + rank * part
             for piece in pieces:
                 if (cut := piece.cut(self.dim, start, start + part)) is not None:
-                    out.append(cut.shift(self.dim, b * part - start))
+                    out.append(cut.shift(self.dim, held - start))
+            block, held = block + length, held + part
         return out
 
 
@@ -171,6 +203,9 @@ class Rule:
     hf_copies: tuple[str, ...] = ()
     """Names under which a checkpoint may hold the (only) HF tensor once more: checked to be equal
     on load and never written. A tied model's lm_head."""
+    hf_twins: tuple[str, ...] = ()
+    """Names under which a checkpoint holds the (only) HF tensor too: checked to be equal on load,
+    and written. The embedding inside a multi-token prediction layer."""
 
     @property
     def shape(self) -> Shape:
@@ -218,6 +253,11 @@ class Family:
     """HF config -> numbers. Raises UsageError for what it cannot honour, all of it at once."""
     rules: Callable[[Architecture], Sequence[Rule]]
     """The table, in the order in which tensors are exported."""
+    also_reads: tuple[Callable[[Architecture], Sequence[Rule]], ...] = ()
+    """Other tables by which a checkpoint may be laid out (experts stacked in one tensor): read by
+    whichever names most of its tensors, never written."""
+    notes: tuple[str, ...] = ()
+    """Differences from transformers, for the reference page."""
     ignored: tuple[Ignored, ...] = (ROTARY_BUFFER,)
 
 
@@ -229,4 +269,5 @@ def fill(name: str, index: Mapping[str, int]) -> str:
 
 
 def _set(shape: Shape, axis: int, value: int) -> Shape:
+    """Return the shape with one length replaced."""
     return (*shape[:axis], value, *shape[axis + 1 :])

@@ -106,13 +106,20 @@ class _Chunk:
         self.kernels = _kernels(hidden_CH.is_cuda)
         self.hidden_CH, self.weight_VH, self.temperature = hidden_CH, weight_VH, spec.temperature
         self.logits_CV = hidden_CH @ weight_VH.t()
-        self.peak_C = self.kernels["peak"](self.logits_CV)
+        # a tensor-parallel rank may hold nothing but padding
+        self.peak_C = (
+            self.kernels["peak"](self.logits_CV)
+            if vocab.rows
+            else hidden_CH.new_full((len(hidden_CH),), float("-inf"), dtype=torch.float32)
+        )
         vocab.reduce(self.peak_C, largest=True)
         local_C = targets_C - vocab.start
         self.mine_C = (local_C >= 0) & (local_C < vocab.rows)
         self.index_C1 = local_C.clamp(0, max(vocab.rows - 1, 0)).unsqueeze(-1)
-        picked_C = self.logits_CV.gather(-1, self.index_C1).squeeze(-1).float() - self.peak_C
-        picked_C = torch.where(self.mine_C, picked_C / spec.temperature, 0.0)
+        picked_C = torch.zeros_like(self.peak_C)
+        if vocab.rows:
+            picked_C = self.logits_CV.gather(-1, self.index_C1).squeeze(-1).float() - self.peak_C
+            picked_C = torch.where(self.mine_C, picked_C / spec.temperature, 0.0)
         kernel = self.kernels["sums" if spec.entropy else "sum"]
         sums = torch.cat((kernel(self.logits_CV, self.peak_C, spec.temperature), picked_C[None]))
         vocab.reduce(sums)
@@ -125,6 +132,8 @@ class _Chunk:
         slope_CV = self.kernels["slope"](
             self.logits_CV, self.peak_C, self.lse_C, grad_C, self.temperature
         )
+        if not slope_CV.shape[1]:
+            return slope_CV
         hit_C = torch.where(self.mine_C, grad_C / self.temperature, 0.0).to(slope_CV.dtype)
         return slope_CV.scatter_add_(-1, self.index_C1, hit_C.unsqueeze(-1))
 

@@ -69,7 +69,20 @@ def build_optimizer(
     if "muon" in options.optimizer and on_cpu:
         # exact under tensor parallelism; on a GPU megatron's faster blockwise mode is the default
         values["muon_tp_mode"] = "duplicated"
-    return get_megatron_optimizer(MegatronOptimizerConfig(**values), list(chunks))
+    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**values), list(chunks))
+    if options.optimizer == "sgd":
+        for inner in optimizer.chained_optimizers:
+            inner.init_state_fn = _zero_momentum  # megatron has none: it cannot load what it saved
+    return optimizer
+
+
+def _zero_momentum(optimizer: torch.optim.Optimizer, _: object = None) -> None:
+    """Make the state of torch's SGD, to be loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault(
+                "momentum_buffer", torch.zeros_like(parameter.data)
+            )
 
 
 def uses_distributed_optimizer(config: "RunConfig") -> bool:

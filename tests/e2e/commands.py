@@ -1,5 +1,6 @@
 """Run the `mcore` command in forks of this process: torch is imported once, a run takes seconds."""
 
+import contextlib
 import json
 import os
 import signal
@@ -46,15 +47,21 @@ class Child:
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
 
+    def sweep(self):
+        """Kill what the command may have left running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def wait(self, timeout=120):
         end = time.monotonic() + timeout
         while True:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
                 seconds = time.monotonic() - self.started
+                self.sweep()
                 return Ran(os.waitstatus_to_exitcode(status), self.out, self.err, seconds)
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
+                self.sweep()
                 os.waitpid(self.pid, 0)
                 raise AssertionError(f"still running after {timeout} s\n{self.err[-3000:]}")
             time.sleep(0.02)
@@ -109,6 +116,7 @@ def _import():
 def _child(argv, log, env, before):
     code = 99
     try:
+        os.setpgid(0, 0)
         for number, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,0 +1,232 @@
+"""Experts whose weights lie in one parameter each: torch's grouped product on a GPU, a loop without.
+
+Shapes: E experts of this expert-parallel rank, T tokens sorted by expert, F this rank's part of an
+expert's width, H the hidden size.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import divide
+from torch import Tensor
+
+from mcore_core.model.config import DecoderConfig
+
+
+def grouped_product(x_TI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+    """Return each token times its expert's matrix, [T, O].
+
+    No shortcut for an expert without tokens: every rank runs the same collectives backward.
+    """
+    if x_TI.is_cuda and x_TI.dtype is torch.bfloat16:
+        ends = torch.tensor(counts, device=x_TI.device).cumsum(0).to(torch.int32)
+        product: Tensor = torch._grouped_mm(x_TI, weight_EOI.transpose(-2, -1), offs=ends)
+        return product
+    parts = zip(torch.split(x_TI, counts), weight_EOI.unbind(0), strict=True)
+    return torch.cat([x @ weight.t() for x, weight in parts])
+
+
+class _OnFirst(torch.autograd.Function):
+    """The values on one rank and zeros on the others, whose outputs are added up.
+
+    All ranks hold the same values and see the same gradient: it goes through on each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, first: bool) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+        return values.clone() if first else torch.zeros_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN401
+        return grad, None
+
+
+class GroupedLinear(MegatronModule):  # type: ignore[misc]
+    """One matrix, and one bias, of each expert of this rank.
+
+    Args:
+        config: The decoder's configuration.
+        experts: Experts of this rank.
+        inputs: Input channels of this rank.
+        outputs: Output channels of this rank.
+        groups: Process groups.
+        split: Which dimension of a matrix expert-tensor-parallel ranks share: 0 outputs, 1 inputs.
+        blocks: Into how many blocks (gate, up) the outputs fall; each is shared separately.
+        bias: Whether there are biases.
+        init_method: Draws the matrices.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        groups: Any,  # noqa: ANN401
+        *,
+        split: int,
+        blocks: int,
+        bias: bool,
+        init_method: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(config=config)
+        self.experts, self.split, self.blocks = experts, split, blocks
+        self.ep_group, self.tp_group, self.dp_group = groups.ep, groups.expt_tp, groups.expt_dp
+        device: Any = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        options: Any = {"dtype": config.params_dtype, "device": device}
+        self.weight = torch.nn.Parameter(torch.empty(experts, outputs, inputs, **options))
+        self.bias: torch.nn.Parameter | None = None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.zeros(experts, outputs, **options))
+        if config.perform_initialization:
+            init_method(self.weight)
+        for parameter, dim in ((self.weight, 1 + split), (self.bias, 1)):
+            if parameter is None:
+                continue
+            parameter.allreduce = False  # type: ignore[attr-defined]  # expert-data-parallel group
+            # what the expert-tensor-parallel ranks hold alike is counted once in the norm
+            alike = parameter is self.bias and split == 1 and self.tp_group.size() > 1
+            if not alike:
+                set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+    def forward(self, x_TI: Tensor, counts: list[int]) -> Tensor:
+        """Return [T, O] without biases."""
+        return grouped_product(x_TI, self.weight, counts)
+
+    def token_bias(self, counts: list[int]) -> Tensor | None:
+        """Return the bias of each token's expert, [T, O]; summed over ranks it counts once."""
+        if self.bias is None:
+            return None
+        bias: Tensor = self.bias
+        if self.split == 1 and self.tp_group.size() > 1:
+            bias = _OnFirst.apply(bias, self.tp_group.rank() == 0)  # type: ignore[no-untyped-call]
+        index = torch.repeat_interleave(
+            torch.arange(self.experts, device=bias.device),
+            torch.tensor(counts, device=bias.device),
+        )
+        return bias.index_select(0, index)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return one sharded tensor an expert, under the key that all its experts share."""
+        found = {f"{prefix}weight": self._factory(f"{prefix}weight", self.weight, sharded_offsets)}
+        if self.bias is not None:
+            found[f"{prefix}bias"] = self._factory(f"{prefix}bias", self.bias, sharded_offsets)
+        return found
+
+    def _factory(self, key: str, parameter: Tensor, offsets: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        tp, size = self.tp_group.rank(), self.tp_group.size()
+        first, total = self.ep_group.rank() * self.experts, self.ep_group.size() * self.experts
+        prepended = len(offsets) + 1
+        matrix = parameter.dim() == 3
+        shared = matrix or self.split == 0
+        blocks = self.blocks if self.split == 0 else 1
+
+        def build(key: str, data: Tensor, replica: Any, _: object) -> list[ShardedTensor]:  # noqa: ANN401
+            parts = []
+            for expert in range(self.experts):
+                for block, part in enumerate(data[expert].chunk(blocks, 0)):
+                    where = [*offsets, (len(offsets), first + expert, total)]
+                    if shared:
+                        at, of = (tp + block * size, size * blocks)
+                        where.append((prepended + (self.split if matrix else 0), at, of))
+                    parts.append(
+                        ShardedTensor.from_rank_offsets(
+                            key, part, *where, replica_id=replica, prepend_axis_num=prepended
+                        )
+                    )
+            return parts
+
+        def merge(parts: list[Tensor]) -> Tensor:
+            each = [torch.cat(parts[i : i + blocks]) for i in range(0, len(parts), blocks)]
+            return torch.stack(each)
+
+        replica = (0, 0 if shared else tp, self.dp_group.rank())
+        return ShardedTensorFactory(key, parameter, build, merge, replica)
+
+
+class GroupedMLP(MegatronModule):  # type: ignore[misc]
+    """The experts of one layer that this rank holds; megatron's ExpertsInterface."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: DecoderConfig,
+        pg_collection: Any = None,  # noqa: ANN401
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        moe = config.shape.moe
+        assert moe is not None
+        self.gated = bool(config.gated_linear_unit)
+        width = divide(moe.ffn_hidden_size, pg_collection.expt_tp.size())
+        blocks = 2 if self.gated else 1
+        self.linear_fc1 = GroupedLinear(
+            config,
+            num_local_experts,
+            config.hidden_size,
+            width * blocks,
+            pg_collection,
+            split=0,
+            blocks=blocks,
+            bias=moe.linear_bias,
+            init_method=config.init_method,
+        )
+        self.linear_fc2 = GroupedLinear(
+            config,
+            num_local_experts,
+            width,
+            config.hidden_size,
+            pg_collection,
+            split=1,
+            blocks=1,
+            bias=moe.linear_bias,
+            init_method=config.output_layer_init_method,
+        )
+
+    def forward(
+        self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor
+    ) -> tuple[Tensor, None]:
+        """Return each token's output of its expert times its probability, [T, H].
+
+        Args:
+            x_TH: Tokens, sorted by expert.
+            tokens_per_expert: [E].
+            probs_T: The router's weight of each token and expert.
+        """
+        counts = tokens_per_expert.tolist()
+        hidden = self.linear_fc1(x_TH, counts)
+        if (bias := self.linear_fc1.token_bias(counts)) is not None:
+            hidden = hidden + bias
+        probs_T1 = probs_T.unsqueeze(-1)
+        hidden = (self._activate(hidden) * probs_T1).to(x_TH.dtype)
+        out = self.linear_fc2(hidden, counts)
+        if (bias := self.linear_fc2.token_bias(counts)) is not None:
+            out = out + (bias * probs_T1).to(out.dtype)
+        return out, None
+
+    def _activate(self, x: Tensor) -> Tensor:
+        config = self.config
+        if not self.gated:
+            activated: Tensor = config.activation_func(x)
+            return activated
+        gate, up = x.chunk(2, -1)
+        limit = config.activation_func_clamp_value
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        scaled: Tensor = config.activation_func(gate) * (up + config.glu_linear_offset)
+        return scaled
+
+    def backward_dw(self) -> None:
+        """Nothing is delayed."""
+
+
+
