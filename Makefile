@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
 	&& { command -v $$p; break; }; done)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PACKAGES := -e . $(addprefix -e ,$(PLUGINS))
+BENCHMARKS := startup overhead head
 export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export OMP_NUM_THREADS ?= 1
@@ -63,9 +64,8 @@ format: setup  ## let ruff fix and format what it can
 docs: setup  ## generate docs/reference/options.md anew
 	$(BIN)/python -m mcore_core.cli.options_doc docs/reference/options.md
 
-bench: setup  ## run every benchmark of bench/
-	@set -e; shopt -s nullglob; for script in bench/*.py; do \
-		echo "== $$script"; $(BIN)/python "$$script"; done
+bench: setup  ## measure what docs/benchmarks.md reports for the CPU
+	@set -e; for name in $(BENCHMARKS); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py; done
 
 lock: setup  ## resolve requirements.lock anew from every pyproject.toml
 	$(BIN)/uv pip compile --generate-hashes --python-version 3.12 --group dev pyproject.toml \

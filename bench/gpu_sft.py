@@ -1,8 +1,8 @@
-"""mcore's sft on one GPU: two kinds of layers against each other, the CPU, and a bare megatron loop.
+"""mcore's sft on one GPU: its two kinds of layers against each other and a bare megatron loop.
 
-In one process, for imports are slow. Sections (--only): agree (20 steps with either transformer_impl
-from the same weights and data), cross (a checkpoint of one goes on with the other, both ways), speed
-(tokens/s against megatron's GPTModel with Transformer Engine and fused cross entropy, packed).
+In one process, for imports are slow. Sections (--only): agree (20 steps with each transformer_impl
+from the same weights and data), cross (a checkpoint of one goes on with the other, both ways),
+speed (tokens/s against megatron's GPTModel with Transformer Engine and fused cross entropy, packed).
 With --losses FILE it writes 20 losses of a small model instead, in float32 and bfloat16;
 --compare OTHER.json then shows the largest difference, so that a CPU and a GPU can be compared:
 
@@ -71,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--micro_batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--num_workers", type=int, default=0, help="data processes of our runs")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script on a CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes, to try the script on a CPU"
+    )
     parser.add_argument("--losses", type=Path, metavar="FILE", help="write small-model losses")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="losses of another device")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "mcore-gpu-sft")
@@ -83,7 +85,9 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def guarded(section: Callable[[argparse.Namespace], dict[str, Any]], options: Any) -> dict[str, Any]:  # noqa: ANN401
+def guarded(
+    section: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
     """Run a section; its failure is part of the result, and the others still run."""
     try:
         return section(options)
@@ -112,8 +116,13 @@ def shape_of(options: argparse.Namespace, layers: int | None = None) -> dict[str
 
 
 def command(
-    options: argparse.Namespace, shape: dict[str, Any], impl: str, *, micro: int, **more: Any
-) -> list[Any]:  # noqa: ANN401
+    options: argparse.Namespace,
+    shape: dict[str, Any],
+    impl: str,
+    *,
+    micro: int,
+    **more: Any,  # noqa: ANN401
+) -> list[Any]:
     """Return the arguments of a run, its model and data written where they are not there yet."""
     from synthetic import write_model, write_texts
 

@@ -44,9 +44,7 @@ def evaluate(model_folder: Path, rows_file: Path) -> list[Answer]:
             )
             for row in batch
         ]
-        inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, add_special_tokens=False
-        )
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         prompt_length = inputs["input_ids"].shape[1]
         output = model.generate(
             input_ids=inputs["input_ids"],

@@ -1,4 +1,4 @@
-"""A small model to start from: qwen3-shaped, random weights, its own tokenizer and chat template."""
+"""A small model to start from: qwen3-shaped, random weights, its own tokenizer and template."""
 
 import argparse
 import string
@@ -46,7 +46,7 @@ def make_model(folder: Path, *, seed: int) -> int:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

@@ -19,7 +19,7 @@ from make_model import make_model
 from task import make_data
 from transformers.utils import logging
 
-SHOWN = 4
+SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Stage:
 STAGES = (
     Stage(
         "sft",
-        steps=600,
+        steps=300,
         options="--micro_batch_size 64 --global_batch_size 64 --lr 5e-3 --lr_warmup_iters 40 "
-        "--log_interval 50",
+        "--log_interval 40",
     ),
 )
 
@@ -71,10 +71,12 @@ def measure(name: str, model: Path, folder: Path) -> list[Answer]:
 
 
 def show(results: dict[str, list[Answer]]) -> None:
-    """Print the first problems and what each model replied."""
+    """Print the first problems, and one that is still wrong, with what each model replied."""
     width = max(map(len, (*results, "answer")))
+    rows = list(zip(*results.values(), strict=True))
+    still_wrong = [row for row in rows[SHOWN:] if not row[-1].correct]
     print()
-    for replies in list(zip(*results.values(), strict=True))[:SHOWN]:
+    for replies in (*rows[:SHOWN], *still_wrong[:1]):
         print(replies[0].question)
         print(f"  {'answer':{width}}  {replies[0].answer}")
         for name, reply in zip(results, replies, strict=True):
@@ -83,7 +85,7 @@ def show(results: dict[str, list[Answer]]) -> None:
 
 
 def _short(reply: str) -> str:
-    text = " ".join(reply.split())
+    text = " ".join(reply.split()) or "(blank)"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -93,10 +95,10 @@ def main(folder: Path, seed: int) -> None:
     begin = time.monotonic()
     for stage in STAGES:
         shutil.rmtree(folder / stage.name, ignore_errors=True)
-    make_data(folder / "data", train=40_000, held_out=500, seed=seed)
+    make_data(folder / "data", train=20_000, held_out=500, seed=seed)
     size = make_model(folder / "model", seed=seed)
     print(f"model  {folder / 'model'}: qwen3, {size:,} parameters, random weights")
-    print(f"data   {folder / 'data'}: 40,000 problems to train on, 500 held out")
+    print(f"data   {folder / 'data'}: 20,000 problems to train on, 500 held out")
     results = {"before": measure("before", folder / "model", folder)}
     start = folder / "model"
     for stage in STAGES:

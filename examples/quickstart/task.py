@@ -96,10 +96,8 @@ def make_data(folder: Path, *, train: int, held_out: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=30_000)
+    parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--held_out", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    make_data(
-        options.folder, train=options.train, held_out=options.held_out, seed=options.seed
-    )
+    make_data(options.folder, train=options.train, held_out=options.held_out, seed=options.seed)

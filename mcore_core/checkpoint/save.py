@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -20,11 +21,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_core.checkpoint import folders
 from mcore_core.checkpoint.state import Trainable, gather_weights, metadata, sharded_state
 from mcore_core.config.checkpoint import CheckpointConfig
-from mcore_core.errors import usage_error
+from mcore_core.errors import UsageError, usage_error
 
 type Saved = Callable[[int, Path, float], None]
 """Called on every rank with step, folder and seconds once a checkpoint is complete."""
@@ -60,7 +62,9 @@ class Saver:
             )
         self._queue: AsyncCallsQueue | None = None
         if options.async_save:
-            self._queue = AsyncCallsQueue(persistent=options.use_persistent_ckpt_worker)
+            # megatron's persistent worker asks for a CUDA device and dies without one
+            persistent = options.use_persistent_ckpt_worker and torch.cuda.is_available()
+            self._queue = AsyncCallsQueue(persistent=persistent)
         self.last_step: int | None = None
         """Step of the newest checkpoint written or under way."""
 
@@ -145,7 +149,11 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn what goes wrong while writing into one message, and leave nothing half-written."""
     try:
         yield
-    except (OSError, CheckpointingException, RuntimeError) as error:
+    except UsageError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    # torch's CheckpointException is a BaseException
+    except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
         reason = _reason(error)
         if reason is None:
             raise
@@ -173,8 +181,9 @@ def _reason(error: BaseException | None) -> str | None:
     for code in (*_FULL, errno.EACCES, errno.EROFS):
         if os.strerror(code) in text:
             return f"{os.strerror(code)} (errno {code})"
-    # torch's zip writer tells a failed write only by its text
-    if "PytorchStreamWriter" in text or "unexpected pos" in text:
+    # torch's zip writer tells a failed write only by its text, a writing process not even that
+    signs = ("PytorchStreamWriter", "unexpected pos", "Worker failure")
+    if any(sign in text for sign in signs):
         return "a write failed, most likely because the disk is full"
     return None
 

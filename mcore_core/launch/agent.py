@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     )
     command = ["-m", "mcore_core.cli.main", *argv[1:]]
     try:
-        elastic_launch(config, sys.executable)("-u", *command)
+        elastic_launch(config, sys.executable)("-u", "-P", *command)
     except ChildFailedError as error:
         return _report(error)
     except SignalException as error:

@@ -43,6 +43,7 @@ def launch(options: "DistributedConfig", argv: Sequence[str]) -> int:
         env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // (options.nproc_per_node or 1))))
         command = [
             sys.executable,
+            "-P",  # as for the command itself: the folder it is started in is not searched
             "-m",
             "mcore_core.launch.agent",
             json.dumps(

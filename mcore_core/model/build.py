@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.transformer.enums import AttnBackend
 
@@ -18,6 +19,7 @@ from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.model.config import SUBLAYERS, DecoderConfig
 from mcore_core.model.decoder import Decoder
+from mcore_core.model.moe.fields import expert_fields
 from mcore_core.model.norm import Norm
 from mcore_core.model.rope import Rope
 from mcore_core.model.specs import stack_spec
@@ -34,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "gpt_oss": quick_gelu,  # x sigmoid(1.702 x), and one is added to the linear half
 }
 """HF's `hidden_act` -> function."""
 
@@ -66,7 +69,20 @@ class ModelPlan:
     @property
     def pattern(self) -> str:
         """The hybrid pattern with | between pipeline chunks."""
-        return "|".join("*-" * count for count in self.stage_layers)
+        layers = iter(range(self.architecture.num_layers))
+        return "|".join(
+            "".join(layer_pattern(self.architecture, next(layers)) for _ in range(count))
+            for count in self.stage_layers
+        )
+
+
+def layer_pattern(shape: "Architecture", layer: int) -> str:
+    """Return the two positions of a HF layer in the hybrid pattern: its attention and its MLP."""
+    attention = "+" if shape.mla is not None else "*"
+    if shape.linear_attention is not None and layer in shape.linear_attention.layers:
+        attention = "G"
+    experts = shape.moe is not None and layer in shape.moe.layers
+    return attention + ("E" if experts else "-")
 
 
 def decoder_config(
@@ -89,11 +105,15 @@ def decoder_config(
         "normalization": shape.normalization,
         "gated_linear_unit": shape.gated,
         "activation_func": ACTIVATIONS[shape.activation],
-        "activation_func_clamp_value": model.activation_func_clamp_value,
-        "glu_linear_offset": model.glu_linear_offset,
-        "add_bias_linear": shape.mlp_bias or shape.attention_output_bias,
+        "activation_func_clamp_value": shape.activation_clamp or model.activation_func_clamp_value,
+        "glu_linear_offset": 1.0 if shape.activation == "gpt_oss" else model.glu_linear_offset,
+        # each module is told about its own biases; megatron's experts refuse the common switch
+        "add_bias_linear": shape.moe is None and (shape.mlp_bias or shape.attention_output_bias),
         "add_qkv_bias": shape.add_qkv_bias,
-        "qk_layernorm": shape.qk_layernorm,
+        # megatron sums the gradients of norms so named over tensor-parallel ranks, which is right
+        # for norms over each head only
+        "qk_layernorm": shape.qk_layernorm and shape.qk_norm_width == "head" and not shape.mla,
+        "attention_output_gate": shape.attention_output_gate,
         "softmax_type": shape.softmax_type,
         "attention_dropout": shape.attention_dropout,
         "hidden_dropout": shape.hidden_dropout,
@@ -114,7 +134,8 @@ def decoder_config(
         "fp16": plan.dtype is torch.float16,
         # packed rows of unequal length over pipeline stages
         "variable_seq_lengths": layout.pp > 1,
-        "moe_token_dispatcher_type": "alltoall",
+        **expert_fields(shape, config),
+        **_linear_attention(shape),
         # the interleaved schedule is silently wrong over gloo with megatron's own flags
         "overlap_p2p_comm": layout.vpp is not None,
         "batch_p2p_comm": layout.vpp is None,
@@ -138,6 +159,7 @@ def decoder_config(
             and shape.gated
             and not train.no_bias_swiglu_fusion
             and model.activation_func_clamp_value is None
+            and shape.activation_clamp is None
         ),
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,  # ours reads positions from the row
@@ -147,6 +169,7 @@ def decoder_config(
         "deterministic_mode": train.deterministic_mode,
         "architecture": shape,
         "rope": _rope(plan, train),
+        "window_rope": _window_rope(plan, train),
         **_recompute(train),
         **_fp8(config[FP8Config]),
         **(train.megatron_extra_kwargs or {}),
@@ -160,6 +183,28 @@ def _rope(plan: ModelPlan, train: TrainConfig) -> Rope | None:
     return Rope(
         plan.architecture, max_length=plan.max_length, fused=not (train.no_rope_fusion or False)
     )
+
+
+def _window_rope(plan: ModelPlan, train: TrainConfig) -> Rope | None:
+    """Return the table of windowed layers with a base of their own, which no scaling touches."""
+    shape = plan.architecture
+    if shape.window_rotary_base is None:
+        return None
+    changed = replace(shape, rotary_base=shape.window_rotary_base, rope_scaling=None)
+    return _rope(replace(plan, architecture=changed), train)
+
+
+def _linear_attention(shape: "Architecture") -> dict[str, Any]:
+    linear = shape.linear_attention
+    if linear is None:
+        return {}
+    return {
+        "linear_conv_kernel_dim": linear.conv_kernel,
+        "linear_key_head_dim": linear.key_head_dim,
+        "linear_value_head_dim": linear.value_head_dim,
+        "linear_num_key_heads": linear.num_key_heads,
+        "linear_num_value_heads": linear.num_value_heads,
+    }
 
 
 def _backend(name: str) -> AttnBackend:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
@@ -31,19 +32,37 @@ class Decoder(HybridModel):  # type: ignore[misc]
         Returns:
             Hidden states [T, 1, H] (with sequence parallelism, T / tp of them).
         """
-        hidden = None
-        if self.pre_process:
-            hidden = self.embedding(input_ids=tokens_T.unsqueeze(0), position_ids=None)
+        hidden = self.embed(tokens_T) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=None,
             packed_seq_params=row,
+            padding_mask=self._sequences(row),
         )
         if self.post_process:
             hidden, _ = self.output_layer(hidden)
         assert isinstance(hidden, Tensor)
         return hidden
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """Return the embeddings of tokens, [T, 1, H] (with sequence parallelism, T / tp of them)."""
+        hidden: Tensor = self.embedding(input_ids=tokens_T.unsqueeze(0), position_ids=None)
+        scale = self.config.shape.embedding_scale
+        if scale != 1.0:
+            # rounded to the model's precision, as checkpoints were trained with
+            hidden = hidden * torch.tensor(scale, dtype=hidden.dtype, device=hidden.device)
+        return hidden
+
+    def _sequences(self, row: PackedRow) -> Tensor | None:
+        """Return what experts want to know: the sequence of each token in the layers, [1, T]."""
+        if self.config.shape.moe is None or row.sequence_T is None:
+            return None
+        sequence_T = row.sequence_T
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            sequence_T = sequence_T.chunk(group.size())[group.rank()]
+        return sequence_T.unsqueeze(0)
 
     def head_weight(self) -> Tensor:
         """Return this rank's rows of the output weight [V / tp, H]."""

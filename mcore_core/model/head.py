@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mcore_core.protocols import HeadOut, HeadSpec, LossOutput
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 384 * 2**20
 """How much one [C, V] buffer may take."""
 
 type ChunkLoss = Callable[[HeadOut, slice], LossOutput]
@@ -73,9 +73,19 @@ def _sum(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
 
 
 def _slope(logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float) -> Tensor:
-    """Return -grad * softmax / temperature, the dense part of d loss / d logits."""
+    """Turn logits, in place, into -grad * softmax / t: the dense part of d loss / d logits."""
     p = ((logits_CV.float() - peak_C.unsqueeze(-1)) / t - lse_C.unsqueeze(-1)).exp()
-    return (p * (-grad_C / t).unsqueeze(-1)).to(logits_CV.dtype)
+    return logits_CV.copy_(p * (-grad_C / t).unsqueeze(-1))
+
+
+def _slope_eager(
+    logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float
+) -> Tensor:
+    """Do the same without a second [C, V] tensor where nothing fuses (float32 only)."""
+    if logits_CV.dtype is not torch.float32:
+        return _slope(logits_CV, peak_C, lse_C, grad_C, t)
+    shifted = logits_CV.sub_(peak_C.unsqueeze(-1)).div_(t).sub_(lse_C.unsqueeze(-1))
+    return shifted.exp_().mul_((-grad_C / t).unsqueeze(-1))
 
 
 @cache
@@ -89,7 +99,7 @@ def _kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
     }
     if fused:
         return {n: torch.compile(f, dynamic=False) for n, f in functions.items()}
-    return functions
+    return functions | {"slope": _slope_eager}
 
 
 class _Chunk:
@@ -128,7 +138,10 @@ class _Chunk:
         self.entropy_C = self.lse_C - sums[1] / sums[0] if spec.entropy else None
 
     def d_logits(self, grad_C: Tensor) -> Tensor:
-        """Return the gradient of the logits from that of the log-probabilities."""
+        """Return the gradient of the logits from that of the log-probabilities; once only.
+
+        It takes the place of the logits.
+        """
         slope_CV = self.kernels["slope"](
             self.logits_CV, self.peak_C, self.lse_C, grad_C, self.temperature
         )
@@ -155,10 +168,17 @@ class _Gradients:
             torch.mm(d_logits_CV, chunk.weight_VH, out=self.hidden_TH[where])
         if self.weight_VH is not None:
             rows = self.weight_VH[: d_logits_CV.shape[1]]
-            if d_logits_CV.dtype is torch.float32:
-                rows.addmm_(d_logits_CV.t(), chunk.hidden_CH)
-            else:
-                rows += torch.mm(d_logits_CV.t(), chunk.hidden_CH)
+            _accumulate(rows, d_logits_CV, chunk.hidden_CH)
+
+
+def _accumulate(rows_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None:
+    """Add d_logits^T hidden to a float32 sum."""
+    if d_logits_CV.dtype is torch.float32:
+        rows_VH.addmm_(d_logits_CV.t(), hidden_CH)
+    elif d_logits_CV.is_cuda:  # one kernel that reads 16 bits and adds in 32
+        torch.addmm(rows_VH, d_logits_CV.t(), hidden_CH, out_dtype=torch.float32, out=rows_VH)
+    else:
+        rows_VH += torch.mm(d_logits_CV.t(), hidden_CH)
 
 
 def chunks_of(tokens: int, vocab_rows: int, element_size: int) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mcore_core.model.shapes import MLAShape, MoEShape
+from mcore_core.model.shapes import LinearAttentionShape, MLAShape, MoEShape
 
 if TYPE_CHECKING:
     from mcore_core.model.hf_config import ConfigReader
@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def softmax_experts(
-    reader: "ConfigReader", layers: Sequence[int], *, normalized: bool | None = None, **own: Any  # noqa: ANN401
+    reader: "ConfigReader",
+    layers: Sequence[int],
+    *,
+    normalized: bool | None = None,
+    **own: Any,  # noqa: ANN401
 ) -> MoEShape:
     """Return experts chosen by softmax.
 
@@ -21,7 +25,6 @@ def softmax_experts(
         normalized: Weights of the chosen ones sum to one; None: as norm_topk_prob says.
         own: The family's own values of MoEShape's fields.
     """
-    reader.only("router_jitter_noise", 0.0, "noise on the router is not built in")
     if normalized is None:
         normalized = reader.flag("norm_topk_prob")
     values = _common(reader, own) | {"layers": tuple(layers), "pre_softmax": not normalized}
@@ -51,9 +54,12 @@ def sigmoid_experts(reader: "ConfigReader", layers: Sequence[int], **own: Any) -
 
 
 def _common(reader: "ConfigReader", own: dict[str, Any]) -> dict[str, Any]:
+    reader.only("router_jitter_noise", 0.0, "noise on the router is not built in")
     out: dict[str, Any] = {}
     if "num_experts" not in own:
-        out["num_experts"] = reader.size("num_experts")
+        # transformers 5 writes num_local_experts, published configs mostly have num_experts
+        local = "num_local_experts" in reader.config
+        out["num_experts"] = reader.size("num_local_experts" if local else "num_experts")
     if "topk" not in own:
         out["topk"] = reader.size("num_experts_per_tok")
     if "ffn_hidden_size" not in own:
@@ -119,3 +125,19 @@ def latent_attention(
         "softmax_scale": rope.softmax_scale(size),
         "rotary_interleaved": reader.flag("rope_interleave", default=True),
     }
+
+
+def delta_net_shape(reader: "ConfigReader") -> LinearAttentionShape:
+    """Return Qwen's gated delta nets: in three layers of four unless layer_types says others."""
+    layers, every = reader.size("num_hidden_layers"), reader.size("full_attention_interval", 4)
+    linear, full = "linear_attention", "full_attention"
+    usual = [linear if (i + 1) % every else full for i in range(layers)]
+    kinds = reader.layer_kinds(layers, usual, (full, linear))
+    return LinearAttentionShape(
+        layers=tuple(i for i, kind in enumerate(kinds) if kind == linear),
+        key_head_dim=reader.size("linear_key_head_dim", 128),
+        value_head_dim=reader.size("linear_value_head_dim", 128),
+        num_key_heads=reader.size("linear_num_key_heads", 16),
+        num_value_heads=reader.size("linear_num_value_heads", 32),
+        conv_kernel=reader.size("linear_conv_kernel_dim", 4),
+    )

@@ -59,6 +59,7 @@ def read_rope(
         theta: Default of rope_theta.
         given: The rope's own keys, where the config has several ropes.
     """
+    original = reader.get(_ORIGINAL)
     key = "rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters"
     given = reader.get(key) or {} if given is None else given
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
@@ -79,8 +80,7 @@ def read_rope(
     if kind == "default":
         return RopeShape(base, percent)
     if kind in ("llama3", "yarn", "longrope"):
-        original = reader.get(_ORIGINAL) or scaling.get(_ORIGINAL) or max_positions
-        scaling[_ORIGINAL] = original
+        scaling[_ORIGINAL] = original or scaling.get(_ORIGINAL) or max_positions
     return RopeShape(base, percent, {"rope_type": kind, **scaling})
 
 

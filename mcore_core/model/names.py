@@ -5,14 +5,16 @@ hybrid pattern, on which pipeline chunk, and whether a norm is fused into the li
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from megatron.core import parallel_state
+from torch import Tensor
 
 from mcore_core.model.config import SUBLAYERS
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+_EXPERTS = re.compile(r"^(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))$")
 _FUSED = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -39,8 +41,11 @@ def canonical(name: str, first_layer: int) -> str:
     return f"decoder.layers.{first_layer + int(found[1]) // SUBLAYERS}.{rest}"
 
 
-def named_weights(chunks: Sequence[Any]) -> dict[str, nn.Parameter]:
-    """Return this rank's parameters by canonical name.
+def named_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """Return this rank's weights by canonical name: parameters, or views of their memory.
+
+    Experts lie in one parameter for all of a rank: each has a view of its own, under its number
+    among all experts. The router's `expert_bias` is a buffer, and is there too.
 
     With tied embeddings the copy that the last pipeline stage holds for its head has the name of
     the embedding: it is the same weight, and must be loaded with the same values.
@@ -48,11 +53,17 @@ def named_weights(chunks: Sequence[Any]) -> dict[str, nn.Parameter]:
     return dict(_iterate(chunks))
 
 
-def _iterate(chunks: Sequence[Any]) -> Iterable[tuple[str, nn.Parameter]]:
+def _iterate(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     for wrapped in chunks:
         chunk = unwrap(wrapped)
-        for name, parameter in chunk.named_parameters():
+        buffers = ((n, b) for n, b in chunk.named_buffers() if n.endswith(".expert_bias"))
+        for name, weight in (*chunk.named_parameters(), *buffers):
             full = canonical(name, chunk.first_layer)
             if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 full = EMBEDDING
-            yield full, parameter
+            if (found := _EXPERTS.match(full)) is None:
+                yield full, weight
+                continue
+            first = parallel_state.get_expert_model_parallel_rank() * len(weight)
+            for expert, view in enumerate(weight.detach().unbind(0), start=first):
+                yield f"{found[1]}{expert}.{found[2]}", view

@@ -84,10 +84,14 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
     """Offsets of the padded sequences in the full row."""
     positions_T: Tensor | None = None
     """Position of each of this rank's tokens in its own sequence, int64."""
+    sequence_T: Tensor | None = None
+    """Which sequence each of this rank's tokens is of, from 1, and 0 for padding."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, cu: list[int], positions_T: Tensor) -> "PackedRow":
+    def build(
+        cls, cu: list[int], positions_T: Tensor, sequence_T: Tensor | None = None
+    ) -> "PackedRow":
         """Return the parameters of a row whose (padded) sequences start at `cu`."""
         offsets = torch.tensor(cu, dtype=torch.int32, device=positions_T.device)
         longest = max((b - a for a, b in pairwise(cu)), default=0)
@@ -99,6 +103,7 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_kv=longest,
             cu=cu,
             positions_T=positions_T,
+            sequence_T=sequence_T,
         )
 
     def segments(self, cp_rank: int, cp_size: int) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""Shapes of the parts that only some decoders have: experts, latent and linear attention, torch-free."""
+"""Shapes of what only some decoders have: experts, latent and linear attention, torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal

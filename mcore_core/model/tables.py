@@ -129,11 +129,12 @@ def qkv(a: Architecture, at: Block, names: Names = LLAMA) -> list[Rule]:
         )
         transform = Rows(runs=tuple(run for part in parts for run in part))
     else:
-        hf, rows = ("q_proj", "k_proj", "v_proj"), (q_rows, kv_rows, kv_rows)
+        hf = tuple(f"self_attn.{x}_proj" for x in "qkv")
+        rows = (q_rows, kv_rows, kv_rows)
         transform = Rows(runs=_gated(a)) if a.attention_output_gate else Stack(groups=groups)
     return [
         Rule(
-            hf=tuple(f"{at.hf}self_attn.{name}.{suffix}" for name in hf),
+            hf=tuple(f"{at.hf}{name}.{suffix}" for name in hf),
             shapes=tuple((n, *tail) for n in rows),
             mcore=f"{at.mcore}self_attention.linear_qkv.{suffix}",
             transform=transform,
@@ -245,7 +246,9 @@ def linear(
 
 def plain(at: Block, hf: str, mcore: str, shape: Shape, shard: Shard = WHOLE) -> Rule:
     """Return the rule of a tensor that is the same on both sides."""
-    return Rule(hf=(at.hf + hf,), shapes=(shape,), mcore=at.mcore + mcore, shard=shard, over=at.over)
+    return Rule(
+        hf=(at.hf + hf,), shapes=(shape,), mcore=at.mcore + mcore, shard=shard, over=at.over
+    )
 
 
 def layers(a: Architecture) -> dict[str, range]:

@@ -18,13 +18,13 @@ from mcore_core.model.tables import (
     norm,
     plain,
 )
-from mcore_core.model.tables_moe import DEEPSEEK_MOE, mlp_or_moe, moe
+from mcore_core.model.tables_moe import DEEPSEEK_MOE, MoENames, mlp_or_moe, moe
 
 
-def mla_decoder(a: Architecture) -> list[Rule]:
+def mla_decoder(a: Architecture, moe_names: MoENames = DEEPSEEK_MOE) -> list[Rule]:
     """Return the table of a decoder with latent attention, experts or dense, and MTP layers."""
     block = decoder_layers(a)
-    rest = mlp_or_moe(a, DEEPSEEK_MOE) if a.moe is not None else dense_mlp(a, block)
+    rest = mlp_or_moe(a, moe_names) if a.moe is not None else dense_mlp(a, block)
     return [
         *embedding(a, twins(a, "embed_tokens.weight")),
         *latent_attention(a, block),
@@ -64,9 +64,7 @@ def twins(a: Architecture, name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{a.num_layers + i}.{name}" for i in range(a.mtp_layers))
 
 
-def mtp(
-    a: Architecture, attention: Callable[[Architecture, Block], list[Rule]]
-) -> list[Rule]:
+def mtp(a: Architecture, attention: Callable[[Architecture, Block], list[Rule]]) -> list[Rule]:
     """Return the multi-token prediction layers: HF numbers them after the decoder's."""
     rules: list[Rule] = []
     for i in range(a.mtp_layers):

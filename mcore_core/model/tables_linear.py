@@ -14,6 +14,7 @@ from mcore_core.model.tables import (
     norm,
     plain,
 )
+from mcore_core.model.tables_moe import QWEN_MOE, moe
 from mcore_core.model.transforms import Rows, Run, spread
 
 
@@ -67,6 +68,21 @@ def delta_net(a: Architecture, at: Block, *, fused: bool) -> list[Rule]:
     rules.append(plain(at, hf + "norm.weight", mcore + "out_norm.weight", size))
     out = (a.hidden_size, values)
     return rules + linear(at, hf + "out_proj", mcore + "out_proj", out, ROW)
+
+
+def qwen_mtp(a: Architecture) -> list[Rule]:
+    """Return Qwen3-Next's multi-token prediction layer: gated attention and experts."""
+    rules: list[Rule] = []
+    for i in range(a.mtp_layers):
+        outer = Block("mtp.", f"mtp.layers.{i}.")
+        inner = Block(f"mtp.layers.{i}.", outer.mcore + "transformer_layer.")
+        rules += norm(a, outer, "pre_fc_norm_embedding", "enorm")
+        rules += norm(a, outer, "pre_fc_norm_hidden", "hnorm")
+        shape = (a.hidden_size, 2 * a.hidden_size)
+        rules.append(plain(outer, "fc.weight", "eh_proj.weight", shape, COLUMN))
+        rules += [*attention(a, inner), *moe(a, inner, QWEN_MOE)]
+        rules += norm(a, outer, "norm", "final_layernorm")
+    return rules
 
 
 def _by_key_head(a: Architecture) -> tuple[Run, ...]:

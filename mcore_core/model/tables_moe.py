@@ -57,7 +57,7 @@ MIXTRAL_MOE = MoENames(
 
 def stacked(names: MoENames) -> MoENames:
     """Return the names that transformers 5 has in memory, and writes when told to."""
-    return replace(names, block="mlp", layout="stacked")
+    return replace(names, block="mlp", layout="stacked", down="down_proj")
 
 
 def moe_decoder(
@@ -84,18 +84,14 @@ def mlp_or_moe(a: Architecture, moe_names: MoENames, names: Names = LLAMA) -> li
     return rules
 
 
-def moe(
-    a: Architecture, at: Block, moe_names: MoENames, names: Names = LLAMA
-) -> list[Rule]:
+def moe(a: Architecture, at: Block, moe_names: MoENames, names: Names = LLAMA) -> list[Rule]:
     """Return the norm before the experts, the router, the experts and the shared expert."""
     shape = a.moe
     assert shape is not None
     count, block = shape.num_experts, moe_names.block
     rules = norm(a, at, names.pre_mlp_norm, "pre_mlp_layernorm")
     rules.append(
-        plain(
-            at, f"{block}.{moe_names.router}.weight", "mlp.router.weight", (count, a.hidden_size)
-        )
+        plain(at, f"{block}.{moe_names.router}.weight", "mlp.router.weight", (count, a.hidden_size))
     )
     if shape.router_bias:
         rules.append(plain(at, f"{block}.{moe_names.router}.bias", "mlp.router.bias", (count,)))

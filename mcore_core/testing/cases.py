@@ -9,16 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from mcore_core.checkpoint.state import Trainable, gather_weights
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.kernel import kernel_config
-from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
+from mcore_core.model.build import DTYPES, ModelPlan
 from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
@@ -32,11 +29,8 @@ from mcore_core.testing.parity import (
     parts,
 )
 from mcore_core.testing.ranks import fork_ranks
-from mcore_core.train.optimizer import (
-    build_optimizer,
-    build_schedule,
-    uses_distributed_optimizer,
-)
+from mcore_core.train.build import build_model, wrap
+from mcore_core.train.optimizer import build_optimizer, build_schedule
 from mcore_core.train.step import Stepper
 
 if TYPE_CHECKING:
@@ -98,16 +92,10 @@ class Session:
         self.config = kernel_config(*case.groups, **options)
         self.plan = _plan(case, layout, self.config)
         on_cpu = platform.name == "cpu"
-        model = decoder_config(self.plan, self.config, on_cpu=on_cpu)
-        self.bare = build_chunks(self.plan, model)
-        fill(self.bare)
-        dtype = self.plan.dtype
-        wrapped = [c if dtype is torch.float32 else Float16Module(model, c) for c in self.bare]
-        self.chunks = [
-            DistributedDataParallel(model, ddp_config(self.config), c, disable_bucketing=i > 0)
-            for i, c in enumerate(wrapped)
-        ]
-        self.optimizer = build_optimizer(self.config, self.chunks, dtype, on_cpu=on_cpu)
+        chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
+        fill(chunks)
+        self.chunks = wrap(chunks, self.config)
+        self.optimizer = build_optimizer(self.config, self.chunks, self.plan.dtype, on_cpu=on_cpu)
         self.schedule = build_schedule(self.config, self.optimizer, len(case.steps))
         self.stepper = Stepper(
             self.chunks,
@@ -153,16 +141,6 @@ class Session:
         """Return this rank's parts of the weights; collective."""
         gather_weights(self.chunks)
         return parts(self.chunks)
-
-
-def ddp_config(config: "RunConfig") -> DistributedDataParallelConfig:
-    """Return how gradients are reduced."""
-    options = config[DistributedConfig]
-    return DistributedDataParallelConfig(
-        use_distributed_optimizer=uses_distributed_optimizer(config),
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
-    )
 
 
 def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:

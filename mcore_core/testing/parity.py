@@ -88,6 +88,8 @@ def parts(chunks: Iterable[Any], *, gradients: bool = False) -> list[Part]:
             if not isinstance(data, Tensor) or not data.is_floating_point():
                 continue
             if gradients:
+                if data.data_ptr() not in pointers:
+                    continue  # a buffer
                 data = pointers[data.data_ptr()].main_grad.view_as(data)
             for tensor in _expand(dataclasses.replace(value, data=data)):
                 where = _slices(tensor)

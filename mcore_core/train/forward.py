@@ -45,7 +45,7 @@ class ForwardStep:
         self.recipe = recipe
         self.vocab = vocab_range(plan)
         self.sequence_parallel = plan.layout.sp
-        self.scale = 1.0
+        self.scale: Tensor | float = 1.0
         """One over the count of the global batch."""
         half = plan.dtype is not torch.float32
         self._arguments: dict[str, Any] = {"fp32_output": False} if half else {}

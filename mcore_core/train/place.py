@@ -5,6 +5,7 @@ Shapes: T tokens of the whole row before this module and of this rank's part aft
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -89,27 +90,33 @@ def place(
 
     def gather(values_T: Tensor) -> Tensor:
         if not len(values_T):
-            return values_T.new_zeros(len(source))
+            return values_T.new_zeros(len(source), *values_T.shape[1:])
         picked_T = values_T[source.clamp(min=0)]
-        return torch.where(is_real, picked_T, torch.zeros_like(picked_T))
+        picked_T[~is_real] = 0
+        return picked_T
 
     local = _map_tokens(batch, gather)
     trained = local.weights_T.nonzero().squeeze(-1)
+
+    def move(values: Tensor) -> Tensor:
+        # from pinned memory a copy does not wait for what the device still computes
+        return (values.pin_memory() if pin_memory else values).to(device, non_blocking=True)
+
     owns_S = torch.zeros(len(real), dtype=torch.bool)
     owns_S[sequence[(position == 0) & is_real]] = True
     return Placed(
-        batch=_to_device(local, device, pin_memory=pin_memory),
-        row=PackedRow.build(cu, position.to(device, non_blocking=True)),
-        reduce=RowReduce(sequence.to(device), owns_S.to(device), cp_group),
-        trained=trained.to(device),
+        batch=_move(local, move),
+        row=PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0))),
+        reduce=RowReduce(move(sequence), move(owns_S), cp_group),
+        trained=move(trained),
         tokens=sum(batch.lengths),
         squares=sum(n * n for n in batch.lengths),
     )
 
 
-def _to_device(batch: Batch, device: torch.device, *, pin_memory: bool) -> Batch:
+def _move(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
     moved = {
-        f.name: (value.pin_memory() if pin_memory else value).to(device, non_blocking=True)
+        f.name: move(value)
         for f in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, f.name), Tensor)
     }

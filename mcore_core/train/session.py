@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from mcore_core.context import RunContext
 from mcore_core.data.pipeline import DataBundle, build_data
 from mcore_core.data.template import Template
 from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_core.installed import package_of
 from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
 from mcore_core.train import folders
@@ -84,7 +84,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         layout=source.layout,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        plugins={n: _distribution(p) for n, p in prepared.plugins.items()},
+        plugins={n: _distribution(n, p) for n, p in prepared.plugins.items()},
         environment=environment(platform),
     )
     template = Template(
@@ -309,10 +309,9 @@ def _precision(dtype: torch.dtype, config: "RunConfig", *, engine: bool) -> str:
     return name + (", Transformer Engine" if engine else "")
 
 
-def _distribution(plugin: object) -> dict[str, str]:
-    module = type(plugin).__module__.split(".")[0]
-    names = packages_distributions().get(module, [module])
-    try:
-        return {"package": names[0], "version": version(names[0])}
-    except PackageNotFoundError:
-        return {"package": names[0], "version": "unknown"}
+def _distribution(name: str, plugin: object) -> dict[str, str]:
+    found = package_of(name)
+    if found is not None:
+        return {"package": found[0], "version": found[1]}
+    module = type(plugin).__module__.split(".")[0]  # registered by hand, not installed
+    return {"package": module, "version": "unknown"}

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from mcore_core.protocols import Recipe
 
 
+MIN_COUNT = 1e-30
+"""Below it nothing trains: the step is refused, after a backward pass of zeros."""
+
+
 @dataclass(slots=True)
 class Timers:
     """Host seconds of the parts of the last step."""
@@ -102,13 +106,9 @@ class Stepper:
         begin = time.perf_counter()
         placed = self.place(micros)
         count = self._count(placed)
-        if count <= 0:
-            raise RunFailure(
-                "MC801",
-                f"step {step}: no token of the global batch trains",
-                "every target of every sequence has weight 0; see --loss_scale and the data",
-            )
-        self.forward.scale = 1.0 / count
+        self.forward.scale = count.clamp(min=MIN_COUNT).reciprocal()  # stays on the device
+        # auxiliary losses are means over micro-batches, whatever the loss counts
+        self.config.aux_loss_scale = 1.0 / max(1, len(placed) * self.plan.layout.dp)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -116,7 +116,13 @@ class Stepper:
         shares = self._run(placed, forward_only=False)
         totals = self._totals(shares, placed)
         self.timers.forward_backward = time.perf_counter() - begin - self.timers.place
-        loss = totals["loss"][0] / count
+        if float(count) <= 0:
+            raise RunFailure(
+                "MC801",
+                f"step {step}: no token of the global batch trains",
+                "every target of every sequence has weight 0; see --loss_scale and the data",
+            )
+        loss = totals["loss"][0] / float(count)
         if not math.isfinite(loss):
             raise RunFailure(
                 "MC802",
@@ -161,10 +167,11 @@ class Stepper:
         total, count = sums["loss"]
         return {"loss": total / count if count else float("nan"), **_means(sums)}
 
-    def _count(self, placed: list[Placed]) -> float:
+    def _count(self, placed: list[Placed]) -> torch.Tensor:
+        """Return what the loss of the global batch is divided by, float64, without waiting."""
         counts = [self.forward.count(p) for p in placed]
         total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
-        return float(sum_over_data(total.to(self.device)))
+        return sum_over_data(total.to(self.device))
 
     def _run(self, placed: list[Placed], *, forward_only: bool) -> list[Shares]:
         iterators = [iter(placed) for _ in self.chunks]

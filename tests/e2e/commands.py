@@ -44,6 +44,10 @@ class Child:
     def out(self):
         return self.log.with_suffix(".out").read_text(errors="replace")
 
+    def alive(self):
+        """False once the command has ended; `wait` is still to be called then."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
 
@@ -106,8 +110,11 @@ class Commands:
 
 
 def _import():
+    from torch.utils._device import _device_constructors
+
     from mcore_core import compat
 
+    _device_constructors()  # torch caches what `with torch.device("meta")` acts on
     compat.apply()
     import mcore_core.train.loop  # noqa: F401
     from mcore_core.report import tensorboard  # noqa: F401

@@ -87,30 +87,26 @@ def _same_bits(run, reference):
         assert torch.equal(run.weights[key], weight), key
 
 
+OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+CONSTANT = {"ckpt_assume_constant_structure": True}
+ASYNC = {"async_save": True}
+
+
 @pytest.mark.parametrize(
     ("layout", "shape", "options", "saving"),
     [
-        ("one", "tied", SHARDED, {}),
-        ("tp2-sp", "qk-norm", SHARDED, {}),
-        ("dp2", "qk-norm", SHARDED, {"async_save": True}),
-        (
-            "dp2",
-            "qk-norm",
-            {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True},
-            {},
+        pytest.param("tp2-sp", "qk-norm", SHARDED, {}, id="tp2-sp"),
+        pytest.param("dp2", "qk-norm", SHARDED, ASYNC, id="dp2-async"),
+        pytest.param("dp2", "qk-norm", OVERLAPPED, {}, id="dp2-overlap"),
+        pytest.param("tp2", "dropout", SHARDED, {}, id="tp2-dropout"),
+        pytest.param("pp2", "dropout", SGD, CONSTANT, id="pp2-dropout-sgd"),
+        pytest.param("one", "tied", SHARDED, {}, id="one-tied", marks=pytest.mark.parity),
+        pytest.param(
+            "pp2-vpp2", "qkv-bias", ADAM, ASYNC, id="pp2-vpp2-async", marks=pytest.mark.parity
         ),
-        ("pp2-vpp2", "qkv-bias", ADAM, {"async_save": True}),
-        ("tp2", "dropout", SHARDED, {}),
-        ("pp2", "dropout", SGD, {"ckpt_assume_constant_structure": True}),
-    ],
-    ids=[
-        "one-tied",
-        "tp2-sp",
-        "dp2-async",
-        "dp2-overlap",
-        "pp2-vpp2-async",
-        "tp2-dropout",
-        "pp2-dropout-sgd",
+        pytest.param(
+            "tp2-pp2-cp2", "dropout", OVERLAPPED, ASYNC, id="8-ranks", marks=pytest.mark.parity
+        ),
     ],
 )
 def test_same_layout_resumes_bit_for_bit(tmp_path, layout, shape, options, saving):
@@ -130,7 +126,7 @@ def test_dropout_without_its_random_state_differs(tmp_path):
     assert run.losses != reference.losses
 
 
-@pytest.fixture(scope="module", params=["qk-norm", "tied"])
+@pytest.fixture(scope="module", params=["qk-norm", pytest.param("tied", marks=pytest.mark.parity)])
 def saved_at_tp2(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     case = _case(request.param)

@@ -58,10 +58,8 @@ PAIRS = [
     ("pp2-vpp2", "full", "tied"),
     ("cp2", "none", "layernorm-window-sinks"),
     ("cp2", "full", "qk-norm"),
-    ("cp2-tp2", "none", "qkv-bias"),
-    ("cp2-tp2-sp", "selective", "qk-norm"),
+    ("cp2-tp2-sp", "selective", "qkv-bias"),
     ("dp2", "selective", "qkv-bias"),
-    ("tp2-pp2", "selective", "qk-norm"),
     ("tp2-pp2-sp", "block", "tied"),
 ]
 
@@ -76,9 +74,8 @@ def test_layout(layout, recompute, shape):
     [
         ("dp2", {}),
         ("dp2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
-        ("tp2-dp2", {}),
     ],
-    ids=["dp2", "dp2-overlap", "tp2-dp2"],
+    ids=["dp2", "dp2-overlap"],
 )
 def test_distributed_optimizer(layout, options):
     """As it runs: gradients are reduced by shard, so losses, norms and weights tell."""

@@ -1,90 +1,88 @@
-"""Random tiny HF models of every family, and megatron ranks simulated without processes."""
+"""Megatron ranks simulated without processes: who holds which part of which weight."""
+
+from dataclasses import dataclass
 
 import torch
 from mcore_hfbridge.export import flatten, scatter, transfers_of
-from mcore_hfbridge.families import llama, qwen2, qwen3
-from mcore_hfbridge.plan import Plan
-from mcore_hfbridge.ranks import Held, Ranks
-
-from mcore_core.model.resolve import read_hf_config
-
-SMALL = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
-}
-"""Odd on purpose: 101 rows are divisible by no tensor-parallel size."""
-
-MODELS = {
-    "llama": {"num_key_value_heads": 4, "head_dim": 6},
-    "llama-tied": {"num_key_value_heads": 8, "tie_word_embeddings": True},
-    "llama-biases": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen2-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "qwen3": {"num_key_value_heads": 4, "head_dim": 10},
-    "qwen3-tied": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
-}
-FAMILIES = {"llama": llama.FAMILY, "qwen2": qwen2.FAMILY, "qwen3": qwen3.FAMILY}
+from mcore_hfbridge.load import load
+from mcore_hfbridge.ranks import Held, Member, Ranks
 
 
-def write(folder, name, **changes):
-    """Save a random model and return it: every tensor drawn, norms and biases too."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the groups; a pipeline stage has as many ranks as the larger of both kinds."""
 
-    config = AutoConfig.for_model(family(name).name, **{**SMALL, **MODELS[name], **changes})
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            p.normal_(mean=1.0 if "norm" in key else 0.0, std=0.2)
-    model.save_pretrained(folder)
-    return model.eval()
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def stage(self):
+        return max(self.tp, self.ep * self.etp)
+
+    @property
+    def sizes(self):
+        return {"tp": self.tp, "etp": self.etp}
+
+    def at(self, rank):
+        return {"tp": rank % self.stage % self.tp, "etp": rank % self.stage % self.etp}
+
+    def holds(self, weight, rank, architecture):
+        stage = self.pp - 1
+        if "l" in weight.index:
+            stage = weight.index["l"] * self.pp // architecture.num_layers
+        elif weight.name.startswith("embedding"):
+            stage = 0
+        if rank // self.stage != stage:
+            return False
+        if "e" not in weight.index:
+            return True
+        each = architecture.moe.num_experts // self.ep
+        return weight.index["e"] // each == rank % self.stage // self.etp % self.ep
 
 
-def family(name):
-    return FAMILIES[name.split("-")[0]]
+ONE = Grid()
 
 
-def plan_for(folder, name):
-    return Plan(family(name), family(name).architecture(read_hf_config(folder)))
-
-
-def empty_ranks(plan, tp, pp=1, layers=3, dtype=torch.float32):
-    """Return one dict of weights a rank (tensor-parallel ranks of stage 0 first), full of NaN."""
+def empty_ranks(plan, architecture, grid=ONE, dtype=torch.float32):
+    """Return one dict of weights a rank, full of NaN."""
     out = []
-    for stage in range(pp):
-        for _ in range(tp):
-            weights = {}
-            for w in plan.weights.values():
-                layer = w.index.get("l")
-                at = 0 if w.name.startswith("embedding") else pp - 1
-                if layer is not None:
-                    at = layer * pp // layers
-                if at == stage:
-                    shape = w.rule.shape
-                    if w.rule.pad:
-                        shape = (-(-shape[0] // tp) * tp, *shape[1:])
-                    local = w.rule.shard.local_shape(shape, tp)
-                    weights[w.name] = torch.full(local, float("nan"), dtype=dtype)
-            out.append(weights)
+    for rank in range(grid.stage * grid.pp):
+        weights = {}
+        for w in plan.weights.values():
+            if grid.holds(w, rank, architecture):
+                shape, size = w.rule.shape, grid.sizes[w.rule.shard.group]
+                if w.rule.pad:
+                    shape = (-(-shape[0] // size) * size, *shape[1:])
+                local = w.rule.shard.local_shape(shape, size)
+                weights[w.name] = torch.full(local, float("nan"), dtype=dtype)
+        out.append(weights)
     return out
 
 
-def rank_of(weights_of, rank, tp):
+def rank_of(weights_of, rank, grid=ONE):
     """Return the Ranks that rank `rank` would see."""
     members = tuple(
-        (r % tp, {n: Held(tuple(w.shape), w.dtype) for n, w in weights.items()})
+        Member(
+            at=grid.at(r), held={n: Held(tuple(w.shape), w.dtype) for n, w in weights.items()}
+        )
         for r, weights in enumerate(weights_of)
     )
-    return Ranks(rank=rank, size=len(weights_of), tp_rank=rank % tp, tp_size=tp, members=members)
+    return Ranks(rank=rank, size=len(weights_of), sizes=grid.sizes, members=members)
 
 
-def assemble_all(plan, weights_of, tp):
+def load_ranks(plan, architecture, folder, grid=ONE, dtype=torch.float32, others=()):
+    """Return every rank's weights, loaded from a folder."""
+    weights_of = empty_ranks(plan, architecture, grid, dtype)
+    for rank, weights in enumerate(weights_of):
+        load([plan, *others], weights, folder, rank_of(weights_of, rank, grid))
+    return weights_of
+
+
+def assemble_all(plan, weights_of, grid=ONE):
     """Return every HF tensor, from what each simulated rank gives."""
-    ranks = rank_of(weights_of, 0, tp)
+    ranks = rank_of(weights_of, 0, grid)
     whole = {n: torch.full(p.shape, float("nan")) for n, p in plan.hf.items()}
     for (owner, _), transfers in transfers_of(plan, ranks, list(plan.hf)).items():
         scatter(whole, transfers, flatten(weights_of[owner], transfers))

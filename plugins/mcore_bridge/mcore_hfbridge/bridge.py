@@ -24,11 +24,13 @@ class HFBridge:
 
     def __init__(self, family: "Family", architecture: "Architecture") -> None:
         self.plan = Plan(family, architecture)
+        others = [Plan(family, architecture, rules(architecture)) for rules in family.also_reads]
+        self.plans = [self.plan, *others]
 
     def load(self, chunks: "Sequence[ModelChunk]", path: "Path") -> None:
         """Fill this rank's parameters; collective. Raises UsageError naming every problem."""
         weights = _weights(chunks)
-        load(self.plan, weights, path, Ranks.of(weights))
+        load(self.plans, weights, path, Ranks.of(weights))
 
     def save(
         self,
@@ -48,7 +50,7 @@ class HFBridge:
         yield from export(self.plan, weights, Ranks.of(weights))
 
 
-def _weights(chunks: "Sequence[ModelChunk]") -> "dict[str, torch.nn.Parameter]":
+def _weights(chunks: "Sequence[ModelChunk]") -> "dict[str, torch.Tensor]":
     from mcore_core.model.names import named_weights  # noqa: PLC0415  (imports megatron)
 
     return named_weights(chunks)

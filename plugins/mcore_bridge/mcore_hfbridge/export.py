@@ -119,14 +119,15 @@ def transfers_of(
     for name in names:
         for key, position in plan.hf[name].held_by:
             weight = plan.weights[key]
-            owners = ranks.owners(key)
-            if weight.rule.shard.dim is None:
+            shard = weight.rule.shard
+            owners = ranks.owners(key, shard.group)
+            if shard.dim is None:
                 owners = owners[:1]
-            for owner, tp_rank in owners:
-                held = ranks.members[owner][1][key]
+            for owner, part in owners:
+                held = ranks.members[owner].held[key]
                 out.setdefault((owner, held.dtype), []).extend(
                     Transfer(name, key, piece)
-                    for piece in weight.pieces(held.shape, tp_rank, ranks.tp_size)
+                    for piece in weight.pieces(held.shape, part, ranks.sizes[shard.group])
                     if piece.hf == position
                 )
     return out

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_hfbridge.fp8 import dequantized, read_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +21,12 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 AGAIN = "fix: copy or download the file again from where the model came from"
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes an element of the dtypes that can be read."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that can be read as they are."""
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+"""Bytes an element of the dtypes that can be read; fp8 only with scales."""
+SCALE = "_scale_inv"
+"""What the name of an fp8 weight's block scales adds to its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,8 @@ class HFTensor:
     dtype: str
     """As safetensors spells it: F32, BF16."""
     shape: "Shape"
+    scale: str = ""
+    """Name of its block scales, where it is fp8."""
 
 
 @dataclass(slots=True)
@@ -40,6 +48,10 @@ class HFFiles:
 
     folder: Path
     tensors: Mapping[str, HFTensor]
+    scales: frozenset[str] = frozenset()
+    """Tensors that are block scales of others."""
+    block: "Shape" = ()
+    """Rows and columns that share one scale."""
     _open: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -69,7 +81,14 @@ class HFFiles:
         problems += [] if problems else _check_index(folder, listed, tensors)
         if problems:
             raise UsageError(problems)
-        return cls(folder, tensors)
+        scaled = {
+            name: replace(tensor, scale=name + SCALE)
+            for name, tensor in tensors.items()
+            if tensor.dtype == "F8_E4M3" and name + SCALE in tensors
+        }
+        block = read_block(folder) if scaled else ()
+        scales = frozenset(tensor.scale for tensor in scaled.values())
+        return cls(folder, tensors | scaled, scales, block)
 
     @contextmanager
     def reading(self) -> "Iterator[HFFiles]":
@@ -80,7 +99,12 @@ class HFFiles:
             self._open.clear()
 
     def read(self, name: str, slices: tuple[slice, ...]) -> "Tensor":
-        """Return one box of a tensor, on the CPU, in the file's dtype. Reads nothing else."""
+        """Return one box of a tensor, on the CPU, in the file's dtype; fp8 as float32."""
+        box = self._read(name, slices)
+        scale = self.tensors[name].scale
+        return dequantized(box, slices, self.block, partial(self._read, scale)) if scale else box
+
+    def _read(self, name: str, slices: tuple[slice, ...]) -> "Tensor":
         file = self.tensors[name].file
         try:
             if file not in self._open:

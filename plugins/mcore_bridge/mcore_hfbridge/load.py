@@ -1,6 +1,6 @@
 """Fills this rank's parameters from safetensors, reading only the slices that it holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -20,30 +20,47 @@ BUCKET = 64 * 2**20
 """Bytes read at once."""
 
 
-def load(plan: "Plan", weights: Mapping[str, torch.Tensor], path: Path, ranks: Ranks) -> None:
-    """Fill `weights` from the folder; collective. Raises UsageError naming every problem."""
+def load(
+    plans: "Sequence[Plan]", weights: Mapping[str, torch.Tensor], path: Path, ranks: Ranks
+) -> None:
+    """Fill `weights` from the folder; collective. Raises UsageError naming every problem.
+
+    Args:
+        plans: The family's own layout first, then others that it reads.
+        weights: This rank's weights.
+        path: The folder.
+        ranks: Who holds what.
+    """
     problems: list[Problem] = []
-    files = None
+    files, plan = None, plans[0]
     try:
         files = HFFiles.scan(path)
+        plan = choose(plans, files)
         problems += plan.check_files(files)
     except UsageError as error:
         problems += error.problems
-    for _, held in ranks.members:
-        unfit = [p for n, h in held.items() if (p := plan.check_shape(n, h.shape, ranks.tp_size))]
-        problems += unfit
-    problems += plan.check_complete({n for _, held in ranks.members for n in held})
+    for member in ranks.members:
+        for name, held in member.held.items():
+            if problem := plan.check_shape(name, held.shape, ranks.sizes):
+                problems.append(problem)
+    problems += plan.check_complete({n for member in ranks.members for n in member.held})
     agree(problems)
     assert files is not None
     try:
         with files.reading(), torch.no_grad():
             for name, weight in weights.items():
-                problems += fill(
-                    files, plan.weights[name], weight.detach(), ranks.tp_rank, ranks.tp_size
-                )
+                rule = plan.weights[name]
+                group = rule.rule.shard.group
+                part = weight.detach()
+                problems += fill(files, rule, part, ranks.at(group), ranks.sizes[group])
     except UsageError as error:
         problems += error.problems
     agree(problems)
+
+
+def choose(plans: "Sequence[Plan]", files: HFFiles) -> "Plan":
+    """Return the plan that misses the fewest tensors in the files; the first of several."""
+    return min(plans, key=lambda plan: plan.missing(files)) if len(plans) > 1 else plans[0]
 
 
 def fill(
@@ -53,7 +70,8 @@ def fill(
     if weight.rule.pad:
         local.zero_()
     problems = []
-    copies = [c for c in weight.rule.hf_copies if c in files.tensors]
+    rule = weight.rule
+    copies = [c for c in (*rule.hf_copies, *rule.hf_twins) if c in files.tensors]
     for pieces in _by_tensor(weight.pieces(tuple(local.shape), rank, size)):
         name = weight.hf[pieces[0].hf]
         for piece, box in _read(files, name, pieces):
@@ -61,7 +79,7 @@ def fill(
             for copy in copies:
                 other = to_weight(files.read(copy, piece.hf_slices), piece)
                 if not torch.equal(other, box):
-                    problems.append(_unequal(files, copy, name))
+                    problems.append(_unequal(files, copy, name, tied=copy in rule.hf_copies))
     return problems
 
 
@@ -82,21 +100,31 @@ def _read(
     files: HFFiles, name: str, pieces: "list[Piece]"
 ) -> "Iterator[tuple[Piece, torch.Tensor]]":
     """Yield each piece with its data: in one read where they fit a bucket, else piece by piece."""
-    low = [min(p.hf_slices[k].start for p in pieces) for k in range(len(pieces[0].at))]
-    high = [max(p.hf_slices[k].stop for p in pieces) for k in range(len(low))]
+    spans = [p.hf_span for p in pieces]
+    low = [min(s[k].start for s in spans) for k in range(len(spans[0]))]
+    high = [max(s[k].stop for s in spans) for k in range(len(low))]
     width = BYTES[files.tensors[name].dtype]
     size = prod(b - a for a, b in zip(low, high, strict=True)) * width
     if size <= BUCKET:
-        around = files.read(name, tuple(map(slice, low, high)))
-        for piece in pieces:
-            inner = tuple(
-                slice(s.start - a, s.stop - a) for s, a in zip(piece.hf_slices, low, strict=True)
-            )
-            yield piece, to_weight(around[inner], piece)
+        yield from _within(files, name, pieces, low, high)
         return
     for piece in pieces:
         for part in split(piece, BUCKET // width):
-            yield part, to_weight(files.read(name, part.hf_slices), part)
+            span = part.hf_span
+            yield from _within(files, name, [part], [s.start for s in span], [s.stop for s in span])
+
+
+def _within(
+    files: HFFiles, name: str, pieces: "list[Piece]", low: Sequence[int], high: Sequence[int]
+) -> "Iterator[tuple[Piece, torch.Tensor]]":
+    """Read the box [low, high) and yield each piece's part of it."""
+    around = files.read(name, tuple(map(slice, low, high)))
+    for piece in pieces:
+        inner = tuple(
+            slice(s.start - a, s.stop - a, s.step)
+            for s, a in zip(piece.hf_slices, low, strict=True)
+        )
+        yield piece, to_weight(around[inner], piece)
 
 
 def split(piece: "Piece", numel: int) -> "Iterator[Piece]":
@@ -108,9 +136,14 @@ def split(piece: "Piece", numel: int) -> "Iterator[Piece]":
         yield part
 
 
-def _unequal(files: HFFiles, copy: str, name: str) -> Problem:
+def _unequal(files: HFFiles, copy: str, name: str, *, tied: bool) -> Problem:
+    why = "the model's embeddings are tied, and" if tied else "the two are one weight here, and"
     return Problem(
         "MC534",
-        f"{files.folder}: the model's embeddings are tied, and {copy!r} differs from {name!r}",
-        ["fix: set tie_word_embeddings to false in config.json, or remove the copy"],
+        f"{files.folder}: {why} {copy!r} differs from {name!r}",
+        [
+            "fix: set tie_word_embeddings to false in config.json, or remove the copy"
+            if tied
+            else "fix: set num_nextn_predict_layers to 0 in config.json, or make them equal"
+        ],
     )

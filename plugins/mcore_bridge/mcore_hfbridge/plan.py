@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mcore_core.errors import Problem
-from mcore_hfbridge.hf_files import BYTES, HFFiles, HFTensor
+from mcore_hfbridge.hf_files import BYTES, FLOATS, HFFiles, HFTensor
 
 if TYPE_CHECKING:
     from mcore_core.model.architecture import Architecture
@@ -30,7 +30,7 @@ class Weight:
     """Names of the HF tensors it is made of."""
 
     def pieces(self, local_shape: "Shape", rank: int, size: int) -> "list[Piece]":
-        """Return what `rank` of `size` holds of the HF tensors."""
+        """Return what `rank` of `size` ranks of the shard's group holds of the HF tensors."""
         rows = local_shape[0] * (size if self.rule.shard.dim == 0 else 1) if self.rule.pad else None
         return self.rule.local_pieces(self.index, rows, rank, size)
 
@@ -64,17 +64,25 @@ class HFPart:
 class Plan:
     """Every weight and every HF tensor of a model, each derived from the other by pieces."""
 
-    def __init__(self, family: "Family", architecture: "Architecture") -> None:
+    def __init__(
+        self,
+        family: "Family",
+        architecture: "Architecture",
+        rules: "Sequence[Rule] | None" = None,
+    ) -> None:
         self.family = family
         self.weights: dict[str, Weight] = {}
         self.hf: dict[str, HFPart] = {}
         """In the order of export: layer by layer."""
-        rules = family.rules(architecture)
-        # Neighbours with the same wildcards are spelled out together, one layer after another.
-        for _, run in groupby(rules, key=lambda r: {k: tuple(v) for k, v in r.over.items()}):
-            for instances in zip(*(_instances(rule) for rule in run), strict=True):
-                for weight in instances:
-                    self._add(weight)
+        self.reads_only = rules is not None
+        rules = family.rules(architecture) if rules is None else rules
+        # Neighbouring rules of layers are spelled out together, one layer after another.
+        for layered, run in groupby(rules, key=lambda rule: "l" in rule.over):
+            weights = [weight for rule in run for weight in _instances(rule)]
+            if layered:
+                weights.sort(key=lambda weight: weight.index["l"])
+            for weight in weights:
+                self._add(weight)
         self._check_table()
 
     def _add(self, weight: Weight) -> None:
@@ -82,8 +90,10 @@ class Plan:
             raise ValueError(f"family {self.family.name}: two rules for {weight.name!r}")
         self.weights[weight.name] = weight
         for i, (name, shape) in enumerate(zip(weight.hf, weight.rule.shapes, strict=True)):
-            part = self.hf.setdefault(name, HFPart(name, shape, [], weight.rule.hf_copies))
-            part.held_by.append((weight.name, i))
+            for spelled in (name, *weight.rule.hf_twins):
+                part = self.hf.setdefault(spelled, HFPart(spelled, shape, [], ()))
+                part.held_by.append((weight.name, i))
+            self.hf[name].copies = weight.rule.hf_copies
 
     def _check_table(self) -> None:
         """Raise ValueError where the table itself loses elements: a mistake of its author."""
@@ -91,8 +101,9 @@ class Plan:
         for weight in self.weights.values():
             for piece in weight.pieces(weight.rule.shape, 0, 1):
                 sizes[weight.hf[piece.hf]] += piece.numel
+        twins = {twin for weight in self.weights.values() for twin in weight.rule.hf_twins}
         for name, part in self.hf.items():
-            if sizes[name] != prod(part.shape):
+            if name not in twins and sizes[name] != prod(part.shape):
                 raise ValueError(
                     f"family {self.family.name}: the rules of {name!r} move {sizes[name]} of its "
                     f"{prod(part.shape)} elements"
@@ -105,20 +116,28 @@ class Plan:
                 "MC530",
                 f"{files.folder} lacks the tensor {name!r}: expected {list(part.shape)}, found "
                 "nothing",
-                [f"{part.held_by[0][0]} is made of it", "fix: use a complete checkpoint"],
+                [f"{part.held_by[0][0]} is made of it", _complete(part)],
             )
             for name, part in self.hf.items()
             if name not in files.tensors
         ]
         allowed = self.hf | {c: p for p in self.hf.values() for c in p.copies}
         for name, tensor in files.tensors.items():
-            if any(re.fullmatch(i.pattern, name) for i in self.family.ignored):
+            if self.is_ignored(name) or name in files.scales:
                 continue
             if found := self._misfit(tensor, allowed.get(name)):
                 code, why, fix = found
                 where = files.folder / tensor.file
                 problems.append(Problem(code, f"{where}: {name!r} {why}", [f"fix: {fix}"]))
         return problems
+
+    def is_ignored(self, name: str) -> bool:
+        """Return whether a tensor is left out on purpose."""
+        return any(re.fullmatch(i.pattern, name) for i in self.family.ignored)
+
+    def missing(self, files: HFFiles) -> int:
+        """Return how many of the table's tensors are not in the files."""
+        return sum(name not in files.tensors for name in self.hf)
 
     def _misfit(self, tensor: HFTensor, part: HFPart | None) -> tuple[str, str, str] | None:
         """Return code, reason and fix where a tensor of a file is not as the table has it."""
@@ -129,15 +148,21 @@ class Plan:
         if tensor.shape != part.shape:
             why = f"has another shape: expected {list(part.shape)}, found {list(tensor.shape)}"
             return "MC532", why, belong
-        if tensor.dtype not in BYTES:
-            why = f"has another type: expected {', '.join(BYTES)}, found {tensor.dtype}"
+        if tensor.dtype not in FLOATS and not tensor.scale:
+            why = f"has another type: expected {', '.join(FLOATS)}, found {tensor.dtype}"
+            if tensor.dtype in BYTES:
+                why += f" without {tensor.name}_scale_inv"
             return "MC535", why, "use the original, unquantized weights"
         return None
 
-    def check_shape(self, name: str, shape: "Shape", tp_size: int) -> Problem | None:
-        """Return what is wrong with one rank's part of a weight."""
+    def check_shape(self, name: str, shape: "Shape", sizes: Mapping[str, int]) -> Problem | None:
+        """Return what is wrong with one rank's part of a weight, given the sizes of groups."""
         weight = self.weights.get(name)
-        why = weight.misfit(shape, tp_size) if weight else f"no such weight, found {list(shape)}"
+        why = (
+            weight.misfit(shape, sizes[weight.rule.shard.group])
+            if weight
+            else f"no such weight, found {list(shape)}"
+        )
         if not why:
             return None
         return Problem(
@@ -167,6 +192,12 @@ def shorten(problems: Sequence[Problem]) -> list[Problem]:
         return unique
     rest = Problem("MC530", f"and {len(unique) - SHOWN} more problems like these")
     return [*unique[:SHOWN], rest]
+
+
+def _complete(part: HFPart) -> str:
+    predicts = any(name.startswith("mtp.") for name, _ in part.held_by)
+    without = ", or set num_nextn_predict_layers to 0 in config.json to go without"
+    return "fix: use a complete checkpoint" + (without if predicts else "")
 
 
 def _instances(rule: "Rule") -> list[Weight]:

@@ -22,63 +22,113 @@ class Held:
     dtype: torch.dtype
 
 
+GROUPS = ("tp", "etp")
+"""Groups over which weights are split: tensor parallelism, and that of experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One rank of a replica."""
+
+    at: Mapping[str, int]
+    """Its rank in each of GROUPS."""
+    held: Mapping[str, Held]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """One replica of the model: its tensor- and pipeline-parallel ranks together."""
+    """One replica of the model: the ranks that together hold every weight.
+
+    These are the tensor-, expert- and pipeline-parallel ranks: experts are spread over ranks that
+    are copies of each other in everything else.
+    """
 
     group: Any = None
     """The process group of the replica; None for one process."""
     rank: int = 0
     """This rank in `group`."""
     size: int = 1
-    tp_rank: int = 0
-    tp_size: int = 1
+    sizes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1))
+    """Size of each of GROUPS."""
     replica: int = 0
     replicas: int = 1
-    """Data- and context-parallel copies of the model."""
-    members: tuple[tuple[int, Mapping[str, Held]], ...] = field(default=())
-    """For each rank of the replica, its tensor-parallel rank and what it holds."""
+    """Copies of the model."""
+    members: tuple[Member, ...] = ()
 
     @classmethod
     def of(cls, weights: "Mapping[str, torch.Tensor]") -> "Ranks":
         """Ask megatron for the groups and every rank for its weights. Collective."""
         mine = {n: Held(tuple(w.shape), w.dtype) for n, w in weights.items()}
         if not dist.is_initialized():
-            return cls(members=((0, mine),))
+            return cls(members=(Member(at=dict.fromkeys(GROUPS, 0), held=mine),))
         from megatron.core import parallel_state as mpu  # noqa: PLC0415  (unit tests need none)
 
-        group = mpu.get_model_parallel_group()
-        tp_rank: int = mpu.get_tensor_model_parallel_rank()
+        group, replica, replicas = _replica()
+        at = {
+            "tp": mpu.get_tensor_model_parallel_rank(),
+            "etp": mpu.get_expert_tensor_parallel_rank(),
+        }
         members: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(members, (tp_rank, mine), group=group)
+        dist.all_gather_object(members, Member(at=at, held=mine), group=group)
         return cls(
             group=group,
             rank=dist.get_rank(group),
             size=len(members),
-            tp_rank=tp_rank,
-            tp_size=mpu.get_tensor_model_parallel_world_size(),
-            replica=mpu.get_data_parallel_rank(with_context_parallel=True),
-            replicas=mpu.get_data_parallel_world_size(with_context_parallel=True),
+            sizes={
+                "tp": mpu.get_tensor_model_parallel_world_size(),
+                "etp": mpu.get_expert_tensor_parallel_world_size(),
+            },
+            replica=replica,
+            replicas=replicas,
             members=tuple(members),
         )
+
+    def at(self, group: str) -> int:
+        """Return this rank's place in one of GROUPS."""
+        return self.members[self.rank].at[group]
 
     @property
     def held(self) -> "dict[str, Held]":
         """Every weight of the model, as the first rank that has it holds it."""
         out: dict[str, Held] = {}
-        for _, weights in self.members:
-            for name, held in weights.items():
+        for member in self.members:
+            for name, held in member.held.items():
                 out.setdefault(name, held)
         return out
 
-    def owners(self, name: str) -> list[tuple[int, int]]:
-        """Return (rank in the group, tensor-parallel rank) of each rank that holds a weight."""
-        found = {tp: r for r, (tp, held) in reversed([*enumerate(self.members)]) if name in held}
-        return [(found[tp], tp) for tp in sorted(found)]
+    def owners(self, name: str, group: str) -> list[tuple[int, int]]:
+        """Return (rank in the replica, rank in `group`) of one rank for each part of a weight."""
+        found: dict[int, int] = {}
+        for rank, member in enumerate(self.members):
+            if name in member.held:
+                found.setdefault(member.at[group], rank)
+        return [(found[part], part) for part in sorted(found)]
 
     def global_rank(self, rank: int) -> int:
         """Return the rank in the world of a rank of the replica."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+def _replica() -> tuple[Any, int, int]:
+    """Return the smallest group that holds every weight, which copy it is, and of how many.
+
+    Ranks of both kinds of groups are consecutive within a pipeline stage, so that the larger block
+    holds whole smaller ones where its size is a multiple.
+    """
+    from megatron.core import parallel_state as mpu  # noqa: PLC0415
+
+    dense, expert = (
+        mpu.get_model_parallel_group(),
+        mpu.get_expert_tensor_model_pipeline_parallel_group(),
+    )
+    sizes = dist.get_world_size(dense), dist.get_world_size(expert)
+    if sizes[0] % sizes[1] == 0:
+        copies = mpu.get_data_parallel_world_size(with_context_parallel=True)
+        return dense, mpu.get_data_parallel_rank(with_context_parallel=True), copies
+    if sizes[1] % sizes[0] == 0:
+        copies = mpu.get_expert_data_parallel_world_size()
+        return expert, mpu.get_expert_data_parallel_rank(), copies
+    return dist.group.WORLD, 0, 1
 
 
 def agree(problems: list[Problem]) -> None:

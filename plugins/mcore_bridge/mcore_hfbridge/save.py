@@ -152,7 +152,7 @@ def _finish(
 
 def copy_companions(source: Path, path: Path, dtype: str) -> None:
     """Copy config.json, with the type that was written, and the tokenizer's files."""
-    config = read_hf_config(source)
+    config = {k: v for k, v in read_hf_config(source).items() if k != "quantization_config"}
     keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["dtype"]
     _write_json(path / "config.json", config | dict.fromkeys(keys, dtype))
     if source.resolve() == path.resolve():

@@ -11,9 +11,9 @@ from mcore_core.model.tables import dense_decoder
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Read a Qwen2Config."""
-    reader = ConfigReader(config, "qwen2")
-    window, windowed = reader.windows(reader.size("num_hidden_layers"), max_window_layers=28)
-    return llama_like(reader, add_qkv_bias=True, window_size=window, window_layers=windowed)
+    reader = ConfigReader(config, "qwen2", {"num_key_value_heads": 32})
+    windows = reader.windows(reader.size("num_hidden_layers"), max_window_layers=28)
+    return llama_like(reader, add_qkv_bias=True, **windows)
 
 
 FAMILY = Family(

@@ -11,20 +11,14 @@ from mcore_core.model.tables import dense_decoder
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Read a Qwen3Config."""
-    reader = ConfigReader(config, "qwen3")
-    if reader.flag("attention_bias"):
-        reader.refuse(
-            "attention_bias",
-            "megatron-core has biases on attention and MLP or on none, and qwen3's MLP has none",
-            "use a model without attention_bias",
-        )
-    window, windowed = reader.windows(reader.size("num_hidden_layers"), max_window_layers=28)
+    reader = ConfigReader(config, "qwen3", {"num_key_value_heads": 32, "head_dim": 128})
+    bias = reader.flag("attention_bias")
     return llama_like(
         reader,
         qk_layernorm=True,
-        kv_channels=reader.size("head_dim", 128),
-        window_size=window,
-        window_layers=windowed,
+        add_qkv_bias=bias,
+        attention_output_bias=bias,
+        **reader.windows(reader.size("num_hidden_layers"), max_window_layers=28),
     )
 
 
