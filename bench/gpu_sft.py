@@ -2,7 +2,7 @@
 
 In one process, for imports are slow. Sections (--only): agree (20 steps with each transformer_impl
 from the same weights and data), cross (a checkpoint of one goes on with the other, both ways),
-speed (tokens/s against megatron's GPTModel with Transformer Engine and fused cross entropy, packed).
+speed (tokens/s against megatron's GPTModel with Transformer Engine and fused cross entropy).
 With --losses FILE it writes 20 losses of a small model instead, in float32 and bfloat16;
 --compare OTHER.json then shows the largest difference, so that a CPU and a GPU can be compared:
 
@@ -11,11 +11,9 @@ With --losses FILE it writes 20 losses of a small model instead, in float32 and 
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -25,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-WARM_UP = 5
 
 
 def main() -> None:
@@ -95,75 +91,6 @@ def guarded(
         traceback.print_exc()
         release()
         return {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
-
-
-def release() -> None:
-    """Leave process groups that a failed run still holds."""
-    from ours import finish_run
-
-    try:
-        finish_run()
-    except (AssertionError, RuntimeError) as error:
-        print(f"cleaning up: {error}", file=sys.stderr)
-
-
-def shape_of(options: argparse.Namespace, layers: int | None = None) -> dict[str, Any]:
-    """Return the model's sizes."""
-    from synthetic import QWEN3_06B, TINY
-
-    shape = dict(TINY if options.tiny else QWEN3_06B)
-    return shape | ({"num_hidden_layers": layers} if layers else {})
-
-
-def command(
-    options: argparse.Namespace,
-    shape: dict[str, Any],
-    impl: str,
-    *,
-    micro: int,
-    **more: Any,  # noqa: ANN401
-) -> list[Any]:
-    """Return the arguments of a run, its model and data written where they are not there yet."""
-    from synthetic import write_model, write_texts
-
-    dtype = more.pop("dtype", "float32" if options.device == "cpu" else "bfloat16")
-    sequence = more.pop("sequence", options.sequence)
-    name = f"{dtype}-{shape['num_hidden_layers']}-{shape['hidden_size']}"
-    model = write_model(options.work / name, shape, dtype=dtype)
-    data = options.work / f"texts-{shape['vocab_size']}-{sequence}.jsonl"
-    if not data.exists():
-        write_texts(data, rows=160, tokens=sequence, vocabulary=shape["vocab_size"])
-    values = {
-        "plugin": "sft",
-        "model": model,
-        "dataset": data,
-        "transformer_impl": impl,
-        "micro_batch_size": micro,
-        "global_batch_size": micro,
-        "max_length": sequence,
-        "lr": 1e-4,
-        "lr_warmup_fraction": 0.1,
-        "recompute_granularity": "none",
-        "num_workers": options.num_workers,
-        "save": options.work / "runs",
-        "no_save_optim": "false",
-        "log_interval": 5,
-        **more,
-    }
-    flags = [part for key, value in values.items() for part in (f"--{key}", value)]
-    return [*flags]
-
-
-def trained(arguments: list[Any], *, saves: bool = False) -> tuple[Any, Path]:
-    """Run ours; megatron's stack takes its final norm from its module, which `local` replaces."""
-    from megatron.core.models.hybrid import hybrid_block
-    from ours import run
-
-    norm = hybrid_block.TENorm
-    try:
-        return run(arguments, saves=saves)
-    finally:
-        hybrid_block.TENorm = norm
 
 
 def small_losses(options: argparse.Namespace) -> dict[str, Any]:
@@ -243,95 +170,6 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
                 rates[impl]["of_bare"] = round(rates[impl]["tokens_per_second"] / base, 4)
         found[f"micro_batch {micro}"] = rates
     return found
-
-
-def our_speed(options: argparse.Namespace, impl: str, micro: int) -> dict[str, Any]:
-    """Time everything that `mcore run` does from one step to the next."""
-    reset_memory(options)
-    given = command(options, shape_of(options), impl, micro=micro, train_iters=options.steps)
-    watch, _ = trained(given)
-    return rate(options, watch.seconds[WARM_UP - 1 :], watch.tokens[-1], watch.losses[-1])
-
-
-def bare_speed(options: argparse.Namespace, micro: int) -> dict[str, Any]:
-    """Time megatron's own loop on packed rows of the same length (HybridModel on the CPU)."""
-    import torch
-    from bare import BareLoop, Row, gpt_model, hybrid_model
-    from ours import finish_run
-
-    from mcore_core.cli.execute import begin, source_of
-    from mcore_core.cli.run import prepare
-    from mcore_core.model.build import decoder_config
-    from mcore_core.model.packed import PackedRow
-    from mcore_core.train.build import model_plan
-
-    reset_memory(options)
-    shape = shape_of(options)
-    impl = options.impl[0]
-    given = command(options, shape, impl, micro=micro, train_iters=options.steps)
-    prepared = prepare([str(a) for a in given])
-    source = source_of(prepared)
-    platform = begin(prepared, source)
-    if options.device == "cuda":
-        model, config = gpt_model(shape)
-    else:
-        from megatron.core.models.hybrid import hybrid_block
-
-        from mcore_core.model.norm import Norm
-
-        hybrid_block.TENorm = Norm
-        plan = model_plan(source, prepared.config, platform, max_length=options.sequence)
-        config = decoder_config(plan, prepared.config, on_cpu=True)
-        model = hybrid_model(plan, config)
-    loop = BareLoop(model, config, lr=1e-4, distributed=True)
-    del model
-    device, total = platform.device(), micro * options.sequence
-    seconds, loss = [], 0.0
-    for _ in range(options.steps):
-        tokens = torch.randint(2, shape["vocab_size"], (1, total), device=device)
-        cu = list(range(0, total + 1, options.sequence))
-        positions = torch.arange(options.sequence, device=device).repeat(micro)
-        row = Row(
-            tokens,
-            tokens.roll(-1, 1),
-            torch.ones(total, device=device),
-            PackedRow.build(cu, positions),
-        )
-        begin_step = time.perf_counter()
-        loss = loop.step([row])
-        seconds.append(time.perf_counter() - begin_step)
-    found = rate(options, seconds[WARM_UP:], total, loss)
-    del loop
-    gc.collect()
-    finish_run()
-    return found
-
-
-def rate(
-    options: argparse.Namespace, seconds: list[float], tokens: int, loss: float
-) -> dict[str, Any]:
-    """Return tokens/s by the median step, and the peak of memory."""
-    import torch
-
-    found = {
-        "tokens_per_second": round(tokens / statistics.median(seconds)),
-        "seconds": round(statistics.median(seconds), 4),
-        "steps": len(seconds),
-        "last_loss": round(loss, 4),
-    }
-    if options.device == "cuda":
-        found["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    return found
-
-
-def reset_memory(options: argparse.Namespace) -> None:
-    """Begin to look for the peak anew."""
-    import torch
-
-    if options.device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -74,8 +74,16 @@ def fill(chunks: Iterable[Any], *, scale: float = 0.08) -> None:
         for tensor in sharded(chunk):
             if tensor.data.is_floating_point():
                 whole = draw(tensor.key, tensor.global_shape, scale=scale)
+                if _around_zero(chunk, tensor.key):
+                    whole = whole - 1
                 with torch.no_grad():
                     tensor.data.copy_(whole[_slices(tensor)])
+
+
+def _around_zero(chunk: Any, key: str) -> bool:  # noqa: ANN401
+    """Return whether a key is a norm's weight to which the model adds one."""
+    centered = bool(unwrap(chunk).config.layernorm_zero_centered_gamma)
+    return centered and "norm" in key and key.endswith("weight") and "out_norm" not in key
 
 
 def parts(chunks: Iterable[Any], *, gradients: bool = False) -> list[Part]:

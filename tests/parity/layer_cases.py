@@ -48,7 +48,7 @@ SHAPES = {
         qk_layernorm=True,
         qk_norm_width="full",
         zero_centered_gamma=True,
-        embedding_scale=1.5,
+        embedding_scale=3.0,
         softmax_scale=0.4,
         rotary_interleaved=True,
         window_size=6,
@@ -106,15 +106,11 @@ LAYOUTS = {
 }
 
 
-OPTIONS = {"postnorm": {"lr": 0.01}}
-"""Steps that a steep model takes without rounding growing beyond what is compared."""
-
-
 def layer_case(name, steps=3, groups=(), **options):
     return Case(
         architecture=SHAPES[name],
         recipe=recipe,
         steps=data(steps),
-        options={**SGD, **RECOMPUTE["none"], **OPTIONS.get(name, {}), **options},
+        options={**SGD, **RECOMPUTE["none"], **options},
         groups=(SFTConfig, *groups),
     )

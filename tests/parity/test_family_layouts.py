@@ -15,6 +15,7 @@ from mcore_hfbridge.bridge import HFBridge  # noqa: E402
 from mcore_sft.config import SFTConfig  # noqa: E402
 from mcore_sft.recipe import SFTRecipe  # noqa: E402
 
+from mcore_core.model.names import unwrap  # noqa: E402
 from mcore_core.model.resolve import read_hf_config  # noqa: E402
 from mcore_core.parallel.topology import Layout  # noqa: E402
 from mcore_core.testing.cases import Case, Session  # noqa: E402
@@ -77,35 +78,36 @@ def _run(folder, out, family, layout):
         architecture=architecture,
         recipe=lambda config: SFTRecipe(config, None),
         steps=[units()],
-        options={"use_distributed_optimizer": False, "optimizer": "sgd", "lr": 0.0},
+        options={"use_distributed_optimizer": False, "optimizer": "sgd", "lr": 1e-3},
         groups=(SFTConfig,),
     )
     session = Session(case, layout)
-    for chunk in session.bare:
+    chunks = [unwrap(chunk) for chunk in session.chunks]
+    for chunk in chunks:
         for p in chunk.parameters():
             p.data.fill_(float("nan"))
     bridge = HFBridge(family, architecture)
-    bridge.load(session.bare, folder)
-    bridge.save(session.bare, out, max_shard_size=10**6, source=folder)
+    bridge.load(chunks, folder)
+    bridge.save(chunks, out, max_shard_size=10**6, source=folder)
     kept = {}
     config = session.stepper.config
     finalize = config.finalize_model_grads_func
 
     def wrapped(model, num_tokens=None, **kwargs):
         finalize(model, num_tokens, **{**kwargs, "force_all_reduce": True})
-        for chunk in session.bare:
+        for chunk in chunks:
             kept.update({p: p.main_grad.clone() for p in chunk.parameters()})
 
     config.finalize_model_grads_func = wrapped
     (result,) = session.train(1)
     with torch.no_grad():
-        for chunk in session.bare:
+        for chunk in chunks:
             for p in chunk.parameters():
                 p.copy_(kept[p])
             for name, buffer in chunk.named_buffers():
                 if name.endswith("expert_bias"):
                     buffer.zero_()
-    return result.loss, {n: t.clone() for n, t in bridge.export(session.bare)}
+    return result.loss, {n: t.clone() for n, t in bridge.export(chunks)}
 
 
 def check(name, layout_name, folder):
