@@ -24,6 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gpu_runs import command, release, shape_of, trained
+
 
 def main() -> None:
     """Run what was asked for; the last line is one JSON document."""
@@ -158,6 +160,8 @@ def cross(options: argparse.Namespace) -> dict[str, Any]:
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Measure tokens/s of whole steps, ours and bare, after a warm-up."""
+    from gpu_speed import bare_speed, our_speed
+
     found: dict[str, Any] = {}
     for micro in options.micro_batch:
         rates: dict[str, Any] = {}

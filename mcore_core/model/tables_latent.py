@@ -8,6 +8,7 @@ from mcore_core.model.tables import (
     COLUMN,
     LLAMA,
     ROW,
+    WHOLE,
     Block,
     Names,
     decoder_layers,
@@ -46,13 +47,13 @@ def latent_attention(a: Architecture, at: Block, names: Names = LLAMA) -> list[R
         rules += linear(at, hf + "q_proj", mcore + "linear_q_proj", (queries, hidden), COLUMN)
     else:
         rank = shape.q_lora_rank
-        rules += linear(at, hf + "q_a_proj", mcore + "linear_q_down_proj", (rank, hidden), COLUMN)
+        rules += linear(at, hf + "q_a_proj", mcore + "linear_q_down_proj", (rank, hidden), WHOLE)
         rules += norm(a, at, hf + "q_a_layernorm", mcore + "q_layernorm", size=rank)
         rules += linear(at, hf + "q_b_proj", mcore + "linear_q_up_proj", (queries, rank), COLUMN)
     rank = shape.kv_lora_rank
     down = (rank + shape.qk_rope_head_dim, hidden)
     up = (heads * (shape.qk_nope_head_dim + shape.v_head_dim), rank)
-    rules += linear(at, hf + "kv_a_proj_with_mqa", mcore + "linear_kv_down_proj", down, COLUMN)
+    rules += linear(at, hf + "kv_a_proj_with_mqa", mcore + "linear_kv_down_proj", down, WHOLE)
     rules += norm(a, at, hf + "kv_a_layernorm", mcore + "kv_layernorm", size=rank)
     rules += linear(at, hf + "kv_b_proj", mcore + "linear_kv_up_proj", up, COLUMN)
     out = (hidden, heads * shape.v_head_dim)

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from family_cases import CASES, family_of, plan_for
 from mcore_hfbridge.export import flatten, scatter, transfers_of
 from mcore_hfbridge.load import load
 from mcore_hfbridge.ranks import Held, Member, Ranks
+
+from mcore_core.model.resolve import read_hf_config
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ def rank_of(weights_of, rank, grid=ONE):
         for r, weights in enumerate(weights_of)
     )
     return Ranks(rank=rank, size=len(weights_of), sizes=grid.sizes, members=members)
+
+
+def described(folder, name):
+    """Return the plan and the architecture of a folder that holds a case's model."""
+    case = CASES[name]
+    return plan_for(folder, case), family_of(case).architecture(read_hf_config(folder))
+
+
+def loaded(folder, name, grid=ONE, dtype=torch.float32):
+    """Return the plan and every rank's weights, loaded."""
+    plan, architecture = described(folder, name)
+    return plan, load_ranks(plan, architecture, folder, grid, dtype)
 
 
 def load_ranks(plan, architecture, folder, grid=ONE, dtype=torch.float32, others=()):
