@@ -243,6 +243,15 @@ CASES: dict[str, FamilyCase] = {
         layer_types=["sliding_attention", "full_attention"],
         **WINDOWED,
     ),
+    "exaone_moe": experts(
+        "exaone_moe",
+        **QWEN_MOE,
+        head_dim=10,
+        layer_types=["sliding_attention", "full_attention"],
+        mlp_layer_types=["sparse", "dense"],
+        **WINDOWED,
+    ),
+    "hy_v3": experts("hy_v3", **QWEN_MOE, head_dim=10, attention_bias=True),
     "solar_open": experts("solar_open", **DEEPSEEK_MOE, head_dim=12, attention_bias=True),
 }
 """At least one a family."""
@@ -271,7 +280,9 @@ def draw_(model, seed):
             if "norm" in name and tensor.dim() == 1 and name.endswith("weight"):
                 centred = zero_centred and "linear_attn.norm" not in name
                 tensor.normal_(mean=0.0 if centred else 1.0, std=0.2)
-            elif tensor.dim() == 1 or "e_score" in name:
+            elif "e_score" in name:
+                tensor.normal_(std=0.1)  # more, and some experts would be idle
+            elif tensor.dim() == 1:
                 tensor.normal_(std=0.3)
             elif "embed" in name:
                 tensor.normal_(std=1.0)

@@ -1,9 +1,9 @@
 """Build an output layer while Transformer Engine's layers fuse gradient accumulation.
 
 megatron-core 0.19 (tensor_parallel/layers.py, ColumnParallelLinear.__init__) refuses
-`gradient_accumulation_fusion` without Apex's extension, also where only Transformer Engine's layers,
-which bring their own kernel, would use it. The one plain ColumnParallelLinear of a model with
-Transformer Engine is the output layer, and the head computes its gradient itself.
+`gradient_accumulation_fusion` without Apex's extension, also where only Transformer Engine's
+layers, which bring their own kernel, would use it. The one plain ColumnParallelLinear beside
+them is the output layer, and the head computes its gradient itself.
 """
 
 from collections.abc import Iterator

@@ -10,7 +10,9 @@ from mcore_core.config.fp8 import FP8Config
 from mcore_core.config.group import ConfigGroup
 from mcore_core.config.learning_rate import LearningRateConfig
 from mcore_core.config.logging import LoggingConfig
+from mcore_core.config.mla import MLAConfig
 from mcore_core.config.model import ModelConfig
+from mcore_core.config.mtp import MTPConfig
 from mcore_core.config.optimizer import OptimizerConfig
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.regularization import RegularizationConfig
@@ -38,6 +40,8 @@ KERNEL_GROUPS: tuple[type[ConfigGroup], ...] = (
     PrecisionConfig,
     FP8Config,
     ModelConfig,
+    MLAConfig,
+    MTPConfig,
 )
 """In the order in which help shows them."""
 

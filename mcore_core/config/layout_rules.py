@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from mcore_core.config.compose import RunConfig
+from mcore_core.config.part_rules import check_expert_ranks, check_parts
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.errors import Problem
 from mcore_core.model.architecture import Architecture
@@ -26,9 +27,16 @@ def layout_of(config: RunConfig, world_size: int, *, num_layers: int | None = No
         tp=tp,
         pp=config.get("pipeline_model_parallel_size"),
         cp=config.get("context_parallel_size"),
+        ep=_size(config, "expert_model_parallel_size"),
+        etp=_size(config, "expert_tensor_parallel_size"),
         vpp=_chunks(config, num_layers),
         sp=config.get("sequence_parallel") and tp > 1,
     )
+
+
+def _size(config: RunConfig, name: str) -> int:
+    """Return a size that only a plugin's options have; 1 without it."""
+    return int(config.get(name)) if name in config.names else 1
 
 
 def split_options(config: RunConfig, layout: Layout) -> SplitOptions:
@@ -77,6 +85,7 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
     else:
         batch = list(_batch(config, layout))
         problems += batch or _microbatches(config, layout)
+        problems += check_expert_ranks(layout)
     return problems
 
 
@@ -215,6 +224,7 @@ def check_model(config: RunConfig, architecture: Architecture, layout: Layout) -
     """Return what of the model does not fit the layout."""
     dtype = config[PrecisionConfig].dtype(architecture.dtype)
     problems = [*_tensor(architecture, layout), *_layers(config, architecture, layout)]
+    problems += check_parts(config, architecture, layout)
     if config.get("optimizer") == "dist_muon" and dtype == "float32":
         problems.append(
             Problem(

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.fp8 import FP8Config
 from mcore_core.config.model import ModelConfig
+from mcore_core.config.mtp import MTPConfig
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.model.config import SUBLAYERS, DecoderConfig
@@ -69,11 +70,13 @@ class ModelPlan:
     @property
     def pattern(self) -> str:
         """The hybrid pattern with | between pipeline chunks."""
-        layers = iter(range(self.architecture.num_layers))
-        return "|".join(
-            "".join(layer_pattern(self.architecture, next(layers)) for _ in range(count))
+        shape = self.architecture
+        layers = iter(range(shape.num_layers))
+        decoder = "|".join(
+            "".join(layer_pattern(shape, next(layers)) for _ in range(count))
             for count in self.stage_layers
         )
+        return decoder + ("/" + prediction_pattern(shape)) * shape.mtp_layers
 
 
 def layer_pattern(shape: "Architecture", layer: int) -> str:
@@ -83,6 +86,17 @@ def layer_pattern(shape: "Architecture", layer: int) -> str:
         attention = "G"
     experts = shape.moe is not None and layer in shape.moe.layers
     return attention + ("E" if experts else "-")
+
+
+def prediction_pattern(shape: "Architecture") -> str:
+    """Return the positions of a prediction layer: its own kind where given, else the last layer's.
+
+    The layers that predict further ahead count as HF layers after the decoder's.
+    """
+    named = {*(shape.moe.layers if shape.moe else ())}
+    named |= {*(shape.linear_attention.layers if shape.linear_attention else ())}
+    given = any(layer >= shape.num_layers for layer in named)
+    return layer_pattern(shape, shape.num_layers if given else shape.num_layers - 1)
 
 
 def decoder_config(
@@ -135,6 +149,8 @@ def decoder_config(
         # packed rows of unequal length over pipeline stages
         "variable_seq_lengths": layout.pp > 1,
         **expert_fields(shape, config),
+        "mtp_num_layers": shape.mtp_layers or None,
+        "mtp_loss_scaling_factor": config[MTPConfig].mtp_loss_scaling_factor,
         **_linear_attention(shape),
         # the interleaved schedule is silently wrong over gloo with megatron's own flags
         "overlap_p2p_comm": layout.vpp is not None,

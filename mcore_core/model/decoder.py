@@ -1,5 +1,6 @@
 """The decoder: megatron's HybridModel whose forward pass ends in hidden states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,27 @@ class Decoder(HybridModel):  # type: ignore[misc]
             # HybridModel builds its output layer by class name and always computes logits in it;
             # the same module as a HeadLayer keeps the weight, its sharding and its hooks
             self.output_layer.__class__ = HeadLayer
+        tied = self.share_embeddings_and_output_weights
+        if self.mtp_process and tied and not self.pre_process:
+            # this stage has the embedding, whose weight is the head's: megatron-core 0.19 builds a
+            # second one beside it, which nothing reads and no checkpoint can hold
+            del self.output_layer.weight
+            self.output_layer.weight = None
 
-    def forward(self, tokens_T: Tensor, row: PackedRow) -> Tensor:
+    def forward(
+        self, tokens_T: Tensor, row: PackedRow, *, ahead: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Run this chunk.
 
         Args:
             tokens_T: Token ids of this rank's part of the row.
             row: The packed row.
+            ahead: For each depth of multi-token prediction that is to run, the token ids that many
+                positions later.
 
         Returns:
-            Hidden states [T, 1, H] (with sequence parallelism, T / tp of them).
+            Hidden states [T, 1, H] (with sequence parallelism, T / tp of them). The last chunk
+            returns those of each depth too, one after another: [(1 + depths) T, 1, H].
         """
         hidden = self.embed(tokens_T) if self.pre_process else None
         hidden = self.decoder(
@@ -40,13 +52,21 @@ class Decoder(HybridModel):  # type: ignore[misc]
             packed_seq_params=row,
             padding_mask=self._sequences(row),
         )
+        if self.mtp_process and len(ahead):
+            hidden = self._predict(hidden, row, ahead)
         if self.post_process:
             hidden, _ = self.output_layer(hidden)
         assert isinstance(hidden, Tensor)
         return hidden
 
+    def _predict(self, hidden: Tensor, row: PackedRow, ahead: Sequence[Tensor]) -> Tensor:
+        found, sequences = [hidden], self._sequences(row)
+        for layer, later_T in zip(self.mtp.layers, ahead, strict=True):
+            found.append(layer(found[-1], self.embed(later_T), row, sequences))
+        return torch.cat(found)
+
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """Return the embeddings of tokens, [T, 1, H] (with sequence parallelism, T / tp of them)."""
+        """Return the tokens' embeddings, [T, 1, H] (with sequence parallelism T / tp of them)."""
         hidden: Tensor = self.embedding(input_ids=tokens_T.unsqueeze(0), position_ids=None)
         scale = self.config.shape.embedding_scale
         if scale != 1.0:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def engine_can(config: "DecoderConfig") -> bool:
     """Return whether Transformer Engine's kernel serves every layer; else ours does.
 
-    Windows chosen by layer, sinks, latent attention and context parallelism over packed rows run in our attention,
-    where they are tested.
+    Windows chosen by layer, sinks, latent attention and context parallelism over packed rows run
+    in our attention, where they are tested.
     """
     windows = config.shape.window_size is not None
     plain = config.softmax_type == "vanilla" and not windows and config.shape.mla is None

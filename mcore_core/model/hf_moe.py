@@ -141,3 +141,15 @@ def delta_net_shape(reader: "ConfigReader") -> LinearAttentionShape:
         num_value_heads=reader.size("linear_num_value_heads", 32),
         conv_kernel=reader.size("linear_conv_kernel_dim", 4),
     )
+
+
+def sparse_layers(reader: "ConfigReader", *, first_dense: int) -> tuple[int, ...]:
+    """Return the layers with experts as mlp_layer_types says; by default all but the first ones."""
+    layers = reader.size("num_hidden_layers")
+    kinds = reader.get("mlp_layer_types")
+    if kinds is None:
+        kinds = ["dense" if i < first_dense else "sparse" for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
+        why = f"it must say dense or sparse of each of {layers} layers"
+        reader.refuse("mlp_layer_types", why, "correct it")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "sparse")

@@ -1,5 +1,7 @@
-"""Layers of the hybrid stack with what megatron's lack: norms on the outputs of attention and MLP,
-and the sequences of a packed row handed to the experts."""
+"""Layers of the hybrid stack with what megatron's lack.
+
+Norms on the outputs of attention and MLP, and the sequences of a packed row handed to the experts.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -14,6 +14,7 @@ from torch import Tensor
 from mcore_core.model.config import SUBLAYERS
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+_PREDICTION = re.compile(r"^(mtp\.layers\.\d+\.)mtp_model_layer\.layers\.\d+\.(.*)$")
 _EXPERTS = re.compile(r"^(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))$")
 _FUSED = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -31,14 +32,18 @@ def unwrap(chunk: Any) -> Any:  # noqa: ANN401
 
 def canonical(name: str, first_layer: int) -> str:
     """Return the canonical name of a parameter of a chunk whose first HF layer is given."""
-    found = _LAYER.match(name)
-    if found is None:
+    if (found := _PREDICTION.match(name)) is not None:
+        return f"{found[1]}transformer_layer.{_unfused(found[2])}"
+    if (found := _LAYER.match(name)) is None:
         return name
-    rest = found[2]
+    return f"decoder.layers.{first_layer + int(found[1]) // SUBLAYERS}.{_unfused(found[2])}"
+
+
+def _unfused(rest: str) -> str:
     for fused, plain in _FUSED.items():
         if rest.startswith(fused):
-            rest = plain + rest.removeprefix(fused)
-    return f"decoder.layers.{first_layer + int(found[1]) // SUBLAYERS}.{rest}"
+            return plain + rest.removeprefix(fused)
+    return rest
 
 
 def named_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_core.config.model import ModelConfig
 from mcore_core.errors import usage_error
+from mcore_core.model.override_parts import override_parts
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -53,6 +54,10 @@ def override(architecture: "Architecture", config: "RunConfig") -> "Architecture
         changes |= {"mlp_bias": biases, "attention_output_bias": biases}
     if options.window_size is not None or options.window_attn_skip_freq is not None:
         changes |= _windows(architecture, options, changes.get("num_layers"))
+    if "activation_func_clamp_value" in given:
+        changes["activation_clamp"] = options.activation_func_clamp_value
+    architecture = replace(architecture, **changes) if changes else architecture
+    changes = override_parts(architecture, config)
     return replace(architecture, **changes) if changes else architecture
 
 

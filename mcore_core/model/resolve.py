@@ -123,9 +123,10 @@ def resolve_family(
         if not wanted or wanted in family.architectures:
             return family
     families = [c.load() for _, c in catalogue]
-    for family in families:
-        if wanted in family.architectures:
-            return family
+    reading = [f for f in families if wanted in f.architectures]
+    # its first architecture is a family's own; others read it under their own model_type
+    for family in sorted(reading, key=lambda f: f.architectures.index(wanted)):
+        return family
     raise _unknown(wanted, named, families)
 
 

@@ -2,8 +2,8 @@
 
 A sink is one more logit in each row's softmax that carries no value. From the output o and the
 log-sum-exp l of plain attention, attention with a sink s has l' = log(exp(l) + exp(s)) and
-o' = o exp(l - l'). The kernel's backward pass takes output and log-sum-exp as they are: given o' and
-l' it computes exactly the gradients of attention with the sink, and the sink's own is
+o' = o exp(l - l'). The kernel's backward pass takes output and log-sum-exp as they are: given o'
+and l' it computes exactly the gradients of attention with the sink, and the sink's own is
 -exp(s - l') (o' . do), summed over queries.
 """
 
@@ -29,13 +29,13 @@ class _SinkAttention(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         arguments = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
-        out, lse, rng = torch.ops.torch_attn._varlen_attn(
+        plain, lse, rng = torch.ops.torch_attn._varlen_attn(
             query, key, value, *arguments, window < 0, scale, [window, 0]
         )
         sink_H1 = sinks.float().unsqueeze(-1)
         total = torch.logaddexp(lse, sink_H1)  # [heads, T]
         kept = (lse - total).exp().t().unsqueeze(-1)
-        out = (out.float() * kept).to(out.dtype)
+        out: Tensor = (plain.float() * kept).to(plain.dtype)
         ctx.save_for_backward(query, key, value, sinks, out, total, rng)
         ctx.plan, ctx.scale, ctx.window = plan, scale, window
         return out

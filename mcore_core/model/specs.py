@@ -11,12 +11,17 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from mcore_core.model.attention import CoreAttention
 from mcore_core.model.latent_attention import LatentAttention, LatentSubmodules
 from mcore_core.model.layer import Layer
+from mcore_core.model.mtp import PredictionLayer
 from mcore_core.model.norm import HeadNorm, Norm
 from mcore_core.model.self_attention import FullNormAttention
 
@@ -55,6 +60,7 @@ def stack_spec(config: "DecoderConfig", *, transformer_engine: bool) -> ModuleSp
             mla_layer=_latent_layer(config, backend) if shape.mla else IdentityOp,
             gdn_layer=_linear_layer(config, backend) if shape.linear_attention else IdentityOp,
             moe_layer=_moe_layer(config, backend) if shape.moe else IdentityOp,
+            mtp_block_spec=_prediction(backend) if shape.mtp_layers else None,
         ),
     )
 
@@ -212,3 +218,13 @@ def _moe_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:
         submodules=MoESubmodules(experts=GroupedMLP, shared_experts=shared, router=Router),
     )
     return _layer(config, backend, pre_mlp_layernorm=backend.norm, mlp=moe)
+
+
+def _prediction(backend: Backend) -> ModuleSpec:
+    layer = ModuleSpec(
+        module=PredictionLayer, params={"norm": backend.norm, "column": backend.column}
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )

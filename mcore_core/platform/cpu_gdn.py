@@ -1,8 +1,8 @@
 """Gated delta net without flash-linear-attention: plain torch for the three functions it takes.
 
-megatron-core 0.19 (ssm/gated_delta_net/common.py) imports them from `fla`, whose kernels are Triton,
-and refuses to build the layer without. These stand in wherever `fla` is absent, on a GPU too, and
-know packed rows.
+megatron-core 0.19 (ssm/gated_delta_net/common.py) imports them from `fla`, whose kernels are
+Triton, and refuses to build the layer without. These stand in wherever `fla` is absent, on a GPU
+too, and know packed rows.
 """
 
 from itertools import pairwise

@@ -20,13 +20,24 @@ from torch import Tensor
 from mcore_core.model.head import VocabRange, local_loss, log_probabilities
 from mcore_core.model.names import unwrap
 from mcore_core.protocols import HeadOut, LossOutput
-from mcore_core.train.place import Placed, select
+from mcore_core.train.place import Ahead, Placed, select
 
 if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
     from mcore_core.protocols import Recipe
 
 type Shares = dict[str, tuple[Tensor, Tensor]]
+
+_SHARE = ("total", "count")
+
+
+def predicts_ahead(recipe: "Recipe[Any]") -> bool:
+    """Return whether a recipe trains the layers of multi-token prediction, if a model has them.
+
+    They learn to continue the tokens that have a weight: right where those are what the model shall
+    write, so by default with losses on single tokens. A recipe may say with `predicts_ahead`.
+    """
+    return bool(getattr(recipe, "predicts_ahead", recipe.token_local))
 
 
 def vocab_range(plan: "ModelPlan") -> VocabRange:
@@ -49,6 +60,10 @@ class ForwardStep:
         """One over the count of the global batch."""
         half = plan.dtype is not torch.float32
         self._arguments: dict[str, Any] = {"fp32_output": False} if half else {}
+        self.depths = plan.architecture.mtp_layers if predicts_ahead(recipe) else 0
+        """How many tokens further the model is trained to predict."""
+        self.ahead_scales: Tensor | None = None
+        """What the loss of each depth is multiplied by; None: those layers do not run."""
 
     def __call__(
         self,
@@ -58,7 +73,10 @@ class ForwardStep:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Shares]]]:
         """Run one chunk on the next micro-batch; return its output and the loss function of it."""
         placed = next(batches)
-        hidden = chunk(placed.batch.tokens_T, placed.row, **self._arguments)
+        arguments = self._arguments
+        if self._ahead(chunk):
+            arguments = {**arguments, "ahead": [a.tokens_T for a in placed.ahead]}
+        hidden = chunk(placed.batch.tokens_T, placed.row, **arguments)
         return hidden, partial(self._finish, placed, chunk)
 
     def _finish(
@@ -67,11 +85,53 @@ class ForwardStep:
         chunk: Any,  # noqa: ANN401
         hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Shares]:
+        deeper: tuple[Tensor, ...] = ()
+        if self._ahead(chunk):
+            hidden, *rest = hidden.chunk(1 + self.depths)
+            deeper = tuple(rest)
         out = self.loss(placed, chunk, hidden)
         shares: Shares = {"loss": (out.total.detach(), out.count.detach()), **out.metrics}
+        total = out.total * self.scale
+        if deeper:
+            assert self.ahead_scales is not None
+            losses = [
+                self._loss_ahead(chunk, h, a) for h, a in zip(deeper, placed.ahead, strict=True)
+            ]
+            total = total + (torch.stack([n.total for n in losses]) * self.ahead_scales).sum()
+            sums = [torch.stack([getattr(n, k).detach() for n in losses]).sum() for k in _SHARE]
+            shares["mtp_loss"] = (sums[0], sums[1])
         # megatron is told one token: it neither divides nor scales by its own count
         one = torch.ones((), dtype=torch.int, device=hidden.device)
-        return (out.total * self.scale).float(), one, shares
+        return total.float(), one, shares
+
+    def _ahead(self, chunk: Any) -> bool:  # noqa: ANN401
+        return self.depths > 0 and self.ahead_scales is not None and bool(unwrap(chunk).training)
+
+    def _loss_ahead(self, chunk: Any, hidden: Tensor, ahead: Ahead) -> LossOutput:  # noqa: ANN401
+        """Return this rank's share of the cross-entropy of one depth of multi-token prediction."""
+        kept = ahead.trained
+        weights = ahead.weights_T[kept]
+
+        def of_slice(out: HeadOut, where: slice) -> LossOutput:
+            weights_C = weights[where]
+            return LossOutput(-(out.logps_T * weights_C).sum(), weights_C.sum())
+
+        return local_loss(
+            self._whole(hidden).index_select(0, kept),
+            unwrap(chunk).head_weight(),
+            ahead.targets_T[kept],
+            of_slice,
+            vocab=self.vocab,
+            spec=self.recipe.head,
+        )
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states of all tokens here, [T, H], on every tensor-parallel rank."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden.squeeze(1)
 
     def loss(self, placed: Placed, chunk: Any, hidden: Tensor) -> LossOutput:  # noqa: ANN401
         """Return this rank's share of the micro-batch's loss.
@@ -82,11 +142,7 @@ class ForwardStep:
             hidden: Its output, [T, 1, H] or, with sequence parallelism, [T / tp, 1, H].
         """
         weight = unwrap(chunk).head_weight()
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        hidden_TH = hidden.squeeze(1)
+        hidden_TH = self._whole(hidden)
         batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
         if not recipe.token_local:
             out = log_probabilities(

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """What a depth of multi-token prediction reads and predicts."""
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    weights_T: Tensor
+    trained: Tensor
+    """As in Placed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
     """One micro-batch as this rank computes it."""
 
@@ -35,6 +46,8 @@ class Placed:
     """Tokens of the whole micro-batch, padding not counted."""
     squares: int
     """Sum of the squared lengths of its sequences."""
+    ahead: tuple[Ahead, ...] = ()
+    """For each depth of multi-token prediction."""
 
 
 def select(batch: Batch, index: Tensor | slice) -> Batch:
@@ -66,11 +79,13 @@ def place(
     cp_group: Any = None,  # noqa: ANN401
     row_multiple: int = 1,
     pin_memory: bool = False,
+    depths: int = 0,
 ) -> Placed:
     """Return this rank's part of a micro-batch, on the device.
 
     Sequences are padded to `layout.seq_multiple` and the row to `layout.row_multiple` and
-    `row_multiple`; every per-token field is 0 on padding, so nothing there counts.
+    `row_multiple`; every per-token field is 0 on padding, so nothing there counts. `depths` of
+    multi-token prediction are prepared.
     """
     padded = padded_lengths(batch.lengths, layout, row_multiple)
     real = list(batch.lengths) or [0]
@@ -111,6 +126,30 @@ def place(
         trained=move(trained),
         tokens=sum(batch.lengths),
         squares=sum(n * n for n in batch.lengths),
+        ahead=tuple(_ahead(batch, depth, gather, move) for depth in range(1, depths + 1)),
+    )
+
+
+def _ahead(batch: Batch, depth: int, gather: Any, move: Any) -> Ahead:  # noqa: ANN401
+    """Return what stands `depth` positions later in each sequence, zeros beyond its end."""
+    index = torch.arange(len(batch.tokens_T)) + depth
+    ends = torch.repeat_interleave(
+        torch.tensor(list(accumulate(batch.lengths)), dtype=torch.long),
+        torch.tensor(batch.lengths, dtype=torch.long),
+    )
+    inside = index < ends
+    index = torch.where(inside, index, 0)
+
+    def later(values_T: Tensor) -> Tensor:
+        picked: Tensor = gather(torch.where(inside, values_T[index], 0))
+        return picked
+
+    weights_T = later(batch.weights_T)
+    return Ahead(
+        tokens_T=move(later(batch.tokens_T)),
+        targets_T=move(later(batch.targets_T)),
+        weights_T=move(weights_T),
+        trained=move(weights_T.nonzero().squeeze(-1)),
     )
 
 

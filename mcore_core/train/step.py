@@ -89,6 +89,7 @@ class Stepper:
                 cp_group=group,
                 row_multiple=self.plan.row_multiple,
                 pin_memory=self.pin_memory,
+                depths=self.forward.depths,
             )
             for units in micros
         ]
@@ -105,8 +106,11 @@ class Stepper:
         """
         begin = time.perf_counter()
         placed = self.place(micros)
-        count = self._count(placed)
+        count, ahead = self._count(placed)
         self.forward.scale = count.clamp(min=MIN_COUNT).reciprocal()  # stays on the device
+        if self.forward.depths:
+            factor = self.config.mtp_loss_scaling_factor / self.forward.depths
+            self.forward.ahead_scales = factor * ahead.clamp(min=MIN_COUNT).reciprocal()
         # auxiliary losses are means over micro-batches, whatever the loss counts
         self.config.aux_loss_scale = 1.0 / max(1, len(placed) * self.plan.layout.dp)
         for chunk in self.chunks:
@@ -167,11 +171,21 @@ class Stepper:
         total, count = sums["loss"]
         return {"loss": total / count if count else float("nan"), **_means(sums)}
 
-    def _count(self, placed: list[Placed]) -> torch.Tensor:
-        """Return what the loss of the global batch is divided by, float64, without waiting."""
-        counts = [self.forward.count(p) for p in placed]
-        total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
-        return sum_over_data(total.to(self.device))
+    def _count(self, placed: list[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the losses of the global batch are divided by, float64, without waiting.
+
+        The second tensor holds one number for each depth of multi-token prediction.
+        """
+        depths = range(self.forward.depths)
+        counts = [
+            torch.stack(
+                [self.forward.count(p), *(p.ahead[i].weights_T.double().sum() for i in depths)]
+            )
+            for p in placed
+        ]
+        empty = torch.zeros(1 + len(depths), dtype=torch.float64)
+        total = sum_over_data(torch.stack(counts).sum(0) if counts else empty.to(self.device))
+        return total[0], total[1:]
 
     def _run(self, placed: list[Placed], *, forward_only: bool) -> list[Shares]:
         iterators = [iter(placed) for _ in self.chunks]

@@ -1,4 +1,7 @@
-"""A real model: SmolLM2-135M-Instruct, in the folder that MCORE_SMOLLM2 names."""
+"""A real model: SmolLM2-135M-Instruct, in the folder that MCORE_SMOLLM2 names.
+
+It has 9 heads of queries and 3 of keys and values: tensor parallelism takes 3 ranks, not 2.
+"""
 
 import json
 import os
@@ -38,13 +41,14 @@ def rows(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def trained(mcore, rows, tmp_path_factory):
-    """One step on two tensor-parallel ranks, so small that no weight changes."""
+@pytest.fixture(scope="module", params=["tensor 3", "pipeline 2"])
+def trained(request, mcore, rows, tmp_path_factory):
+    """One step over some ranks, so small that no weight changes."""
+    kind, ranks = request.param.split()
     ran = mcore(
         "run", "--plugin", "sft", "--model", FOLDER, "--dataset", rows, "--torch_dtype", "float32",
-        "--nproc_per_node", 2, "--tensor_model_parallel_size", 2, "--train_iters", 1,
-        "--micro_batch_size", 8, "--global_batch_size", 8, "--loss_scale", "all", "--lr", 1e-30,
+        "--nproc_per_node", ranks, f"--{kind}_model_parallel_size", ranks, "--train_iters", 1,
+        "--micro_batch_size", 8, "--global_batch_size", 8, "--loss_scale", "all", "--lr", 1e-60,
         "--num_workers", 0, "--no_save_optim", "--save", tmp_path_factory.mktemp("run"),
         timeout=600,
     )  # fmt: skip
@@ -58,6 +62,18 @@ def reference(mcore):
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(FOLDER)
+
+
+def test_two_tensor_parallel_ranks_are_refused(mcore, rows):
+    ran = mcore(
+        "run", "--plugin", "sft", "--model", FOLDER, "--dataset", rows, "--train_iters", 1,
+        "--nproc_per_node", 2, "--tensor_model_parallel_size", 2,
+    )  # fmt: skip
+    assert ran.code == 2
+    assert (
+        "error[MC611]: the model has 9 attention heads, which tensor_model_parallel_size 2 does "
+        "not divide\n  9 / 2 = 4.50\n  fix: --tensor_model_parallel_size 1 or 3\n"
+    ) in ran.err
 
 
 def test_the_first_loss_is_that_of_transformers(trained, reference):

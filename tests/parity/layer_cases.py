@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from mcore_sft.config import SFTConfig
 from sft_case import RECOMPUTE, SGD, SHAPE, data, recipe
 
 from mcore_core.model.shapes import LinearAttentionShape, MLAShape, MoEShape
 from mcore_core.parallel.topology import Layout
 from mcore_core.testing.cases import Case
-from mcore_sft.config import SFTConfig
 
 MOE = MoEShape(num_experts=4, topk=2, ffn_hidden_size=20, layers=(0, 1, 2, 3))
 GROUPS = MoEShape(
@@ -82,6 +82,9 @@ SHAPES = {
         zero_centered_gamma=True,
         rotary_percent=0.5,
     ),
+    "mtp": shape(mtp_layers=2, qk_layernorm=True),
+    "mtp-tied": shape(mtp_layers=1, tie_word_embeddings=True, embedding_scale=2.0),
+    "mla-moe-mtp": shape(mla=MLA, num_query_groups=4, moe=GROUPS, mtp_layers=1),
     "gdn-moe": shape(linear_attention=GDN, moe=dataclasses.replace(MOE, shared_ffn_hidden_size=8)),
 }
 
@@ -111,6 +114,6 @@ def layer_case(name, steps=3, groups=(), **options):
         architecture=SHAPES[name],
         recipe=recipe,
         steps=data(steps),
-        options={**SGD, **RECOMPUTE["none"], **options},
+        options={**SGD, **RECOMPUTE["none"], "mtp_loss_scaling_factor": 0.5, **options},
         groups=(SFTConfig, *groups),
     )

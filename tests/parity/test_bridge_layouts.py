@@ -2,18 +2,32 @@
 
 import pytest
 import torch
-from bridge_runs import build, write
-from safetensors.torch import load_file
+from family_cases import CASES, family_of, tensors_of
+from family_cases import write as write_case
+from family_runs import build as build_family
 
 from mcore_core.testing.ranks import fork_ranks
 
+FOUR_LAYERS = {"num_hidden_layers": 4}
 LAYOUTS = {
     "tp2": {"tp": 2, "world": 2},
     "pp2": {"pp": 2, "world": 2},
     "tp2-pp2": {"tp": 2, "pp": 2, "world": 4},
     "pp2-vpp2": {"pp": 2, "vpp": 2, "world": 2},
     "tp2-dp2": {"tp": 2, "world": 4},
+    "ep2-dp2": {"ep": 2, "world": 4},
+    "tp2-ep2-etp1": {"tp": 2, "ep": 2, "world": 4, "sp": True},
+    "tp2-ep2-etp2": {"tp": 2, "ep": 2, "etp": 2, "world": 4, "sp": True},
+    "pp2-vpp2-ep2": {"pp": 2, "vpp": 2, "ep": 2, "world": 4},
 }
+
+
+def write(folder, name):
+    return write_case(folder, CASES[name], **FOUR_LAYERS)
+
+
+def build(folder, name, **sizes):
+    return build_family(folder, family_of(CASES[name]), **sizes)
 
 
 def _round_trip(folder, out, name, sizes):
@@ -31,12 +45,15 @@ def _round_trip(folder, out, name, sizes):
     ("name", "layout"),
     [
         ("llama", "tp2"),
-        ("llama-biases", "tp2-pp2"),
-        ("llama-tied", "pp2"),
+        ("llama-biases-tied", "pp2"),
         ("qwen2", "tp2-pp2"),
         ("qwen3", "pp2-vpp2"),
         ("qwen3", "tp2-dp2"),
         ("qwen3-tied", "tp2-pp2"),
+        ("mixtral", "ep2-dp2"),
+        ("qwen3_moe", "tp2-ep2-etp1"),
+        ("solar_open", "tp2-ep2-etp2"),
+        ("solar_open", "pp2-vpp2-ep2"),
     ],
 )
 def test_round_trip(tmp_path, name, layout):
@@ -47,7 +64,7 @@ def test_round_trip(tmp_path, name, layout):
     ranks = fork_ranks(
         lambda _: _round_trip(tmp_path / "in", tmp_path / "out", name, sizes), sizes["world"]
     )
-    expected = load_file(tmp_path / "in/model.safetensors")
+    expected = tensors_of(tmp_path / "in")
     for exported in ranks:
         assert [n for n, _ in exported] == [n for n, _ in ranks[0]]
         assert {n for n, _ in exported} == set(expected)

@@ -49,6 +49,13 @@ PAIRS = [
     ("gdn", "pp2-vpp2"),
     ("gdn", "dp2"),
     ("gdn-moe", "ep2"),
+    ("mtp", "cp2"),
+    ("mtp", "tp2-sp"),
+    ("mtp", "pp2"),
+    ("mtp-tied", "pp2"),
+    ("mtp-tied", "tp2"),
+    ("mla-moe-mtp", "tp2-sp-ep2"),
+    ("mla-moe-mtp", "cp2"),
 ]
 
 

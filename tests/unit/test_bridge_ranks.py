@@ -1,4 +1,4 @@
-"""What each rank's part of a weight holds, and how it is read. (test_family_tables: round trips.)"""
+"""What each rank's part of a weight holds, and how it is read (test_family_tables: trips)."""
 
 import pytest
 import torch

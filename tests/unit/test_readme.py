@@ -80,10 +80,12 @@ def test_make_targets_exist():
         assert set(named) <= targets, page.name
 
 
-def test_paths_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for folder in re.findall(r"`((?:mcore_core|plugins|docs|examples)/[\w/.]*)`", text):
-        assert (ROOT / folder).exists(), folder
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_files_exist(page):
+    folders = "mcore_core|plugins|docs|examples|tests|bench"
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 def test_every_decision_is_listed():

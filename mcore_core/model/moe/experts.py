@@ -1,4 +1,4 @@
-"""Experts whose weights lie in one parameter each: torch's grouped product on a GPU, a loop without.
+"""Experts in one parameter a matrix: torch's grouped product on a GPU, a loop without.
 
 Shapes: E experts of this expert-parallel rank, T tokens sorted by expert, F this rank's part of an
 expert's width, H the hidden size.
@@ -7,7 +7,6 @@ expert's width, H the hidden size.
 from typing import Any
 
 import torch
-
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule

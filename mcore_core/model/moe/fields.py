@@ -17,7 +17,7 @@ _ALSO = ("moe_aux_loss_coeff", "moe_router_load_balancing_type", "moe_token_disp
 
 
 def expert_fields(shape: "Architecture", config: "RunConfig") -> dict[str, Any]:
-    """Return the fields; in a model without experts only the dispatcher, which pipelines ask for."""
+    """Return the fields; without experts only the dispatcher, which pipelines ask for."""
     moe = shape.moe
     if moe is None:
         return {"moe_token_dispatcher_type": "alltoall"}

@@ -28,7 +28,7 @@ def limit_groups(choice_TE: Tensor, moe: "MoEShape") -> Tensor:
     """
     assert moe.num_groups is not None
     assert moe.group_topk is not None
-    grouped = choice_TE.unflatten(-1, (moe.num_groups, -1))
+    grouped = choice_TE.view(*choice_TE.shape[:-1], moe.num_groups, -1)
     best = min(1 if moe.score_function == "softmax" else 2, grouped.shape[-1])
     scores_TG = grouped.topk(best, dim=-1).values.sum(-1)
     kept = torch.zeros_like(scores_TG, dtype=torch.bool)
@@ -60,11 +60,12 @@ class Router(TopKRouter):  # type: ignore[misc]
         moe = config.shape.moe
         assert moe is not None
         self.moe: MoEShape = moe
-        if moe.router_bias and self.bias is None:
-            self.bias = torch.nn.Parameter(
+        if moe.router_bias and getattr(self, "bias", None) is None:
+            bias: Any = torch.nn.Parameter(
                 torch.zeros(moe.num_experts, dtype=config.params_dtype, device=self.weight.device)
             )
-            self.bias.sequence_parallel = config.sequence_parallel
+            bias.sequence_parallel = config.sequence_parallel
+            self.bias = bias
 
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from mcore_hfbridge.coverage import Coverage, coverage
 from mcore_hfbridge.export import export
 from mcore_hfbridge.load import load
 from mcore_hfbridge.plan import Plan
@@ -48,6 +49,10 @@ class HFBridge:
         """Yield full HF-named tensors, in the same order on every rank; collective."""
         weights = _weights(chunks)
         yield from export(self.plan, weights, Ranks.of(weights))
+
+    def coverage(self, path: "Path") -> Coverage:
+        """Return which tensors of a folder each rule claims; reads headers only."""
+        return coverage(self.plans, path)
 
 
 def _weights(chunks: "Sequence[ModelChunk]") -> "dict[str, torch.Tensor]":

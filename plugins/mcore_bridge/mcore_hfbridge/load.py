@@ -128,7 +128,7 @@ def _within(
 
 
 def split(piece: "Piece", numel: int) -> "Iterator[Piece]":
-    """Yield a piece in parts along the weight's first axis, each spanning about `numel` elements."""
+    """Yield a piece in parts along the weight's first axis, each of about `numel` elements."""
     steps = prod(piece.step(axis) for axis in range(len(piece.size)))
     rows = max(1, numel // max(1, steps * piece.numel // piece.size[0]))
     for start in range(0, piece.size[0], rows):

@@ -44,6 +44,8 @@ FAMILIES = {
     "youtu": "Youtu-LLM",
     "dots1": "dots.llm1",
     "solar_open": "Solar Open",
+    "exaone_moe": "K-EXAONE",
+    "hy_v3": "Hunyuan 3",
 }
 """Each family's model_type and whose models it reads."""
 

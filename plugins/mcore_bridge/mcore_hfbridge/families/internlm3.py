@@ -25,7 +25,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 FAMILY = Family(
     name="internlm3",
-    architectures=("InternLM3ForCausalLM",),
+    architectures=("InternLM3ForCausalLM", "LlamaForCausalLM"),
     architecture=architecture,
     rules=dense_decoder,
 )
