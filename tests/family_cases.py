@@ -11,6 +11,7 @@ from mcore_hfbridge.plan import Plan
 from safetensors.torch import load_file, save_file
 
 from mcore_core.model.resolve import read_hf_config
+from mcore_core.parallel.topology import Layout
 
 VOCAB = 101
 """Divisible by no tensor-parallel size."""
@@ -43,6 +44,25 @@ LLAMA3 = {
 }
 
 
+DENSE_LAYOUTS = {
+    "TP2": Layout(world=2, tp=2),
+    "PP2": Layout(world=2, pp=2),
+    "TP2+PP2": Layout(world=4, tp=2, pp=2, sp=True),
+}
+MOE_LAYOUTS = {
+    "TP2+EP2": Layout(world=2, tp=2, ep=2, sp=True),
+    "EP2": Layout(world=2, ep=2),
+    "PP2": Layout(world=2, pp=2),
+    "TP2+ETP2": Layout(world=2, tp=2, etp=2, sp=True),
+    "TP2+PP2": Layout(world=4, tp=2, pp=2, sp=True),
+    "PP2+EP2": Layout(world=4, pp=2, ep=2),
+}
+
+
+def layouts_of(case):
+    return MOE_LAYOUTS if case.moe else DENSE_LAYOUTS
+
+
 @dataclass(frozen=True)
 class FamilyCase:
     """One config of a family."""
@@ -52,6 +72,8 @@ class FamilyCase:
     hf_type: str = ""
     """transformers' model_type, where it has none of the family's name."""
     moe: bool = False
+    module: str = ""
+    """Where the family is, if not among the bridge's."""
 
     @property
     def model_type(self) -> str:
@@ -258,7 +280,7 @@ CASES: dict[str, FamilyCase] = {
 
 
 def family_of(case):
-    return import_module(f"mcore_hfbridge.families.{case.family}").FAMILY
+    return import_module(case.module or f"mcore_hfbridge.families.{case.family}").FAMILY
 
 
 def hf_config(case, **changes):

@@ -15,8 +15,6 @@ def _any(value: Any) -> bool:  # noqa: ANN401
 
 
 _VISION = "vision towers: models here read text only, until multimodal models come"
-_MOE = "experts: models here are dense, until mixtures of experts come"
-_NO_SUCH_MLP = "no model family here has it, and the MLP cannot compute it"
 _HAS_NO_SCORES = "attention never holds scores in 16 bits and always computes softmax in float32"
 
 REFUSED: Mapping[str, Refusal] = {
@@ -25,11 +23,14 @@ REFUSED: Mapping[str, Refusal] = {
     "gradient_checkpointing_kwargs": (_any, _VISION),
     "vit_lr": (_any, _VISION),
     "aligner_lr": (_any, _VISION),
-    "moe_apply_probs_on_input": (_any, _MOE),
+    "moe_apply_probs_on_input": (
+        _any,
+        "no model family here has it: experts' outputs are multiplied by the router's weights",
+    ),
     "recompute_modules": (
-        lambda value: bool({"moe", "moe_act", "shared_experts", "mla_up_proj"} & set(value)),
-        "models here have no experts and no multi-latent attention; core_attn, mlp and layernorm "
-        "can be recomputed",
+        lambda value: bool({"moe_act", "mla_up_proj"} & set(value)),
+        "moe_act and mla_up_proj are not recomputed by themselves; core_attn, mlp, layernorm, moe "
+        "and shared_experts can be",
     ),
     "seq_length": (
         _any,
@@ -45,14 +46,10 @@ REFUSED: Mapping[str, Refusal] = {
         lambda value: value not in {"rope", "none"},
         "attention here knows rotary positions (rope) and none",
     ),
-    "no_rope_freq": (_any, "every layer has the same positions, until such families come"),
     "qk_l2_norm": (
         _any,
         "no model family here has it; for norms on queries and keys: qk_layernorm",
     ),
-    "quick_geglu": (_any, _NO_SUCH_MLP),
-    "activation_func_clamp_value": (_any, _NO_SUCH_MLP),
-    "glu_linear_offset": (_any, _NO_SUCH_MLP),
     "apply_query_key_layer_scaling": (lambda value: value is True, _HAS_NO_SCORES),
     "attention_softmax_in_fp32": (_any, _HAS_NO_SCORES),
     "no_masked_softmax_fusion": (_any, "attention here has no separate masked softmax to fuse"),

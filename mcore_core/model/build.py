@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": quick_gelu,
     "gpt_oss": quick_gelu,  # x sigmoid(1.702 x), and one is added to the linear half
 }
 """HF's `hidden_act` -> function."""
@@ -104,7 +105,7 @@ def decoder_config(
 ) -> DecoderConfig:
     """Return the TransformerConfig of this run; `initialize` draws random weights."""
     shape, layout = plan.architecture, plan.layout
-    train, distributed, model = config[TrainConfig], config[DistributedConfig], config[ModelConfig]
+    train, distributed = config[TrainConfig], config[DistributedConfig]
     precision = config[PrecisionConfig]
     fused = not on_cpu
     values: dict[str, Any] = {
@@ -119,8 +120,8 @@ def decoder_config(
         "normalization": shape.normalization,
         "gated_linear_unit": shape.gated,
         "activation_func": ACTIVATIONS[shape.activation],
-        "activation_func_clamp_value": shape.activation_clamp or model.activation_func_clamp_value,
-        "glu_linear_offset": 1.0 if shape.activation == "gpt_oss" else model.glu_linear_offset,
+        "activation_func_clamp_value": shape.activation_clamp,
+        "glu_linear_offset": _offset(shape, config),
         # each module is told about its own biases; megatron's experts refuse the common switch
         "add_bias_linear": shape.moe is None and (shape.mlp_bias or shape.attention_output_bias),
         "add_qkv_bias": shape.add_qkv_bias,
@@ -174,8 +175,8 @@ def decoder_config(
             and shape.activation in ("silu", "swish")
             and shape.gated
             and not train.no_bias_swiglu_fusion
-            and model.activation_func_clamp_value is None
             and shape.activation_clamp is None
+            and not _offset(shape, config)
         ),
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,  # ours reads positions from the row
@@ -191,6 +192,13 @@ def decoder_config(
         **(train.megatron_extra_kwargs or {}),
     }
     return DecoderConfig(**{k: v for k, v in values.items() if v is not None or k == "rope"})
+
+
+def _offset(shape: "Architecture", config: "RunConfig") -> float:
+    """Return what is added to the linear half of a gated MLP."""
+    if shape.activation == "gpt_oss" and not config.is_set("glu_linear_offset"):
+        return 1.0
+    return config[ModelConfig].glu_linear_offset
 
 
 def _rope(plan: ModelPlan, train: TrainConfig) -> Rope | None:

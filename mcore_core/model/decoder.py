@@ -29,9 +29,7 @@ class Decoder(HybridModel):  # type: ignore[misc]
             del self.output_layer.weight
             self.output_layer.weight = None
 
-    def forward(
-        self, tokens_T: Tensor, row: PackedRow, *, ahead: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def forward(self, tokens_T: Tensor, row: PackedRow, *, ahead: Sequence[Tensor] = ()) -> Tensor:
         """Run this chunk.
 
         Args:

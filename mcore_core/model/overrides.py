@@ -54,6 +54,12 @@ def override(architecture: "Architecture", config: "RunConfig") -> "Architecture
         changes |= {"mlp_bias": biases, "attention_output_bias": biases}
     if options.window_size is not None or options.window_attn_skip_freq is not None:
         changes |= _windows(architecture, options, changes.get("num_layers"))
+    if options.quick_geglu:
+        changes |= {"gated": True, "activation": "quick_gelu"}
+    if "no_rope_freq" in given:
+        layers = range(changes.get("num_layers", architecture.num_layers))
+        every = options.no_rope_freq
+        changes["no_rope_layers"] = tuple(i for i in layers if every and not (i + 1) % every)
     if "activation_func_clamp_value" in given:
         changes["activation_clamp"] = options.activation_func_clamp_value
     architecture = replace(architecture, **changes) if changes else architecture

@@ -174,9 +174,7 @@ def _latent_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:
             core_attention=CoreAttention,
         ),
     )
-    return _layer(
-        config, backend, input_layernorm=backend.norm, self_attention=attention
-    )
+    return _layer(config, backend, input_layernorm=backend.norm, self_attention=attention)
 
 
 def _linear_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:
@@ -194,9 +192,7 @@ def _linear_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:
             in_proj=backend.column, out_norm=HeadNorm, out_proj=backend.row
         ),
     )
-    return _layer(
-        config, backend, input_layernorm=backend.norm, self_attention=attention
-    )
+    return _layer(config, backend, input_layernorm=backend.norm, self_attention=attention)
 
 
 def _moe_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:

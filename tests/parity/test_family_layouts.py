@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from family_cases import CASES, family_of, tensors_of, write
+from family_cases import CASES, family_of, layouts_of, tensors_of, write
 from family_runs import LENGTHS, gradients_of, tokens_and_weights
 
 from mcore_core import compat
@@ -17,29 +17,11 @@ from mcore_sft.recipe import SFTRecipe  # noqa: E402
 
 from mcore_core.model.names import unwrap  # noqa: E402
 from mcore_core.model.resolve import read_hf_config  # noqa: E402
-from mcore_core.parallel.topology import Layout  # noqa: E402
 from mcore_core.testing.cases import Case, Session  # noqa: E402
 from mcore_core.testing.ranks import fork_ranks  # noqa: E402
 
-DENSE = {
-    "tp2": Layout(world=2, tp=2),
-    "pp2": Layout(world=2, pp=2),
-    "tp2-pp2": Layout(world=4, tp=2, pp=2, sp=True),
-}
-MOE = {
-    "tp2-ep2": Layout(world=2, tp=2, ep=2, sp=True),
-    "ep2": Layout(world=2, ep=2),
-    "pp2": Layout(world=2, pp=2),
-    "tp2": Layout(world=2, tp=2, etp=2, sp=True),
-    "tp2-pp2": Layout(world=4, tp=2, pp=2, sp=True),
-    "pp2-ep2": Layout(world=4, pp=2, ep=2),
-}
 LIMIT = 1e-4
 """Of each gradient's norm."""
-
-
-def layouts_of(case):
-    return MOE if case.moe else DENSE
 
 
 def units():

@@ -4,6 +4,8 @@ from functools import cache
 
 import pytest
 from layer_cases import LAYOUTS, SHAPES, layer_case
+from mcore_moe.config import MoEConfig
+from sft_case import ADAM, RECOMPUTE
 
 from mcore_core.testing.cases import assert_same, run_case
 
@@ -62,6 +64,59 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_layout(name, layout):
     check(name, layout)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp-ep2", "cp2-ep2", "pp2", "dp2"])
+def test_every_balancing_loss(layout):
+    """Losses by sequence, whatever ranks its tokens are on, and on the router's outputs."""
+    options = {
+        "groups": (MoEConfig,),
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 0.5,
+        "moe_z_loss_coeff": 0.1,
+    }
+    reference = _balanced(**options)
+    assert reference.gradients[0].keys() == _one_rank("moe-groups").gradients[0].keys()
+    assert abs(reference.losses[2] - _one_rank("moe-groups").losses[2]) > 1e-4
+    run = run_case(layer_case("moe-groups", **options), LAYOUTS[layout])
+    assert_same(run, reference, relative=1e-5)
+
+
+@cache
+def _balanced(**options):
+    return run_case(layer_case("moe-groups", **options), LAYOUTS["one"])
+
+
+@pytest.mark.parametrize("layout", ["one", "ep2", "tp2-sp-ep2"])
+def test_allgather_dispatcher(layout):
+    options = {"groups": (MoEConfig,), "moe_token_dispatcher_type": "allgather"}
+    check("moe-softmax", layout, **options)
+
+
+RECOMPUTE_CASES = [
+    ("moe-groups", "ep2", {"recompute_modules": ["moe"]}),
+    ("moe-groups", "tp2-sp-ep2", {"recompute_modules": ["shared_experts", "core_attn"]}),
+    ("mla-moe-mtp", "one", {"recompute_modules": ["core_attn", "layernorm", "mlp"]}),
+    ("postnorm", "one", {"recompute_modules": ["core_attn", "layernorm", "mlp"]}),
+    ("mla-moe-mtp", "cp2", "full"),
+    ("gdn-moe", "one", "full"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "how"), RECOMPUTE_CASES)
+def test_recompute(name, layout, how):
+    options = RECOMPUTE["full"]
+    if how != "full":
+        options = {"recompute_granularity": "selective", **how}
+    check(name, layout, **options)
+
+
+def test_distributed_optimizer():
+    """As it runs: experts' state is divided over the ranks that hold the same experts."""
+    options = {**ADAM, "use_distributed_optimizer": True}
+    reference = run_case(layer_case("mla-moe-mtp", **ADAM), LAYOUTS["one"])
+    run = run_case(layer_case("mla-moe-mtp", **options), LAYOUTS["ep2-dp4"], gradients=False)
+    assert_same(run, reference, relative=1e-5)
 
 
 def _possible(name, layout):

@@ -171,9 +171,9 @@ def test_what_an_option_needs_is_an_option(name: str) -> None:
             "positions (rope) and none",
         ),
         (
-            {"recompute_modules": ["moe", "mlp"]},
-            "--recompute_modules moe mlp cannot be honoured: models here have no experts "
-            "and no multi-latent attention; core_attn, mlp and layernorm can be recomputed",
+            {"recompute_modules": ["moe_act", "mlp"]},
+            "--recompute_modules moe_act mlp cannot be honoured: moe_act and mla_up_proj are not "
+            "recomputed by themselves; core_attn, mlp, layernorm, moe and shared_experts can be",
         ),
         (
             {"dataloader_type": "external"},

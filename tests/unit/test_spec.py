@@ -23,6 +23,8 @@ KERNEL_SECTIONS = {
     "FP8",
     "Mixed Precision",
     "Model",
+    "MLA",
+    "MTP",
     "Mcore-Bridge",
     "Export",
     "Data",

@@ -226,6 +226,3 @@ class GroupedMLP(MegatronModule):  # type: ignore[misc]
 
     def backward_dw(self) -> None:
         """Nothing is delayed."""
-
-
-

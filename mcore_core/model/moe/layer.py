@@ -1,12 +1,25 @@
 """Megatron's MoELayer over packed rows: the router knows which sequence each token is of."""
 
+from typing import Any
+
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from mcore_core.model.config import DecoderConfig
+from mcore_core.model.moe.allgather import UnevenAllGather
+
 
 class PackedMoELayer(MoELayer):  # type: ignore[misc]
     """MoELayer whose `padding_mask` is the sequence of each token, from 1, and 0 for padding."""
+
+    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(config, *args, **kwargs)
+        if config.moe_token_dispatcher_type == "allgather":
+            groups = kwargs["pg_collection"]
+            self.token_dispatcher = UnevenAllGather(
+                self.num_local_experts, self.local_expert_indices, config, groups
+            )
 
     def forward(
         self,

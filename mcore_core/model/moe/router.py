@@ -67,9 +67,7 @@ class Router(TopKRouter):  # type: ignore[misc]
             bias.sequence_parallel = config.sequence_parallel
             self.bias = bias
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the weights [T, E], zero for experts not chosen, and which are chosen [T, E].
 
         Args:
@@ -95,9 +93,7 @@ class Router(TopKRouter):  # type: ignore[misc]
                     self.local_tokens_per_expert += (routed & real_T1).sum(0)
         return probs, routed
 
-    def _auxiliary(
-        self, logits_TE: Tensor, sequence_T: Tensor, real_T1: Tensor
-    ) -> list[Tensor]:
+    def _auxiliary(self, logits_TE: Tensor, sequence_T: Tensor, real_T1: Tensor) -> list[Tensor]:
         """Return this rank's share of each auxiliary loss of the micro-batch."""
         found = []
         if self.is_aux_loss_enabled():

@@ -27,7 +27,9 @@ class MoEPlugin(Plugin):
         """Return megatron's dispatchers that run here."""
         module = "megatron.core.transformer.moe.token_dispatcher"
         yield Component("alltoall", f"{module}:MoEAlltoAllTokenDispatcher", "tokens go to experts")
-        yield Component("allgather", f"{module}:MoEAllGatherTokenDispatcher", "all tokens go to all")
+        yield Component(
+            "allgather", f"{module}:MoEAllGatherTokenDispatcher", "all tokens go to all"
+        )
 
     @hookimpl
     def mcore_validate_config(self, config: RunConfig) -> Iterable[Problem]:

@@ -35,5 +35,4 @@ FAMILY = Family(
     architectures=("GemmaForCausalLM",),
     architecture=architecture,
     rules=dense_decoder,
-    notes=("the embeddings' scale is applied in float32, not rounded to the weights' type",),
 )

@@ -81,5 +81,4 @@ FAMILY = Family(
     architectures=("Gemma3ForCausalLM",),
     architecture=architecture,
     rules=partial(dense_decoder, names=NAMES),
-    notes=("the embeddings' scale is applied in float32, not rounded to the weights' type",),
 )

@@ -23,6 +23,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             "rms_norm_eps": 1e-5,
             "num_experts": 192,
             "num_experts_per_tok": 8,
+            "initializer_range": 0.006,
         },
     )
     reader.only("mlp_bias", False, "experts have no biases here")

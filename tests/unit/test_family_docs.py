@@ -1,0 +1,43 @@
+"""docs/reference/models.md is what its generator writes, and says what the tests prove."""
+
+from importlib import resources
+from pathlib import Path
+
+from family_cases import CASES, DENSE_LAYOUTS, MOE_LAYOUTS
+from mcore_hfbridge import models_doc
+from mcore_hfbridge.missing import MISSING
+from mcore_hfbridge.plugin import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/reference/models.md"
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == models_doc.render(), (
+        "run: python -m mcore_hfbridge.models_doc docs/reference/models.md"
+    )
+
+
+def test_layouts_are_those_of_the_tests():
+    assert models_doc.DENSE_LAYOUTS == tuple(DENSE_LAYOUTS)
+    assert models_doc.MOE_LAYOUTS == tuple(MOE_LAYOUTS)
+    for case in CASES.values():
+        family = models_doc.load(case.family)
+        assert (models_doc.example(family).moe is not None) == case.moe, case.family
+
+
+def test_missing_families_are_missing_and_known_to_transformers():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = [name for names in MISSING.values() for name in names]
+    assert len(named) == len(set(named))
+    assert not set(named) & set(FAMILIES)
+    assert set(named) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def test_families_are_short():
+    """The median file of declarations has less than 80 lines."""
+    files = resources.files("mcore_hfbridge.families")
+    lines = sorted(len((files / f"{n}.py").read_text("utf-8").splitlines()) for n in FAMILIES)
+    assert lines[len(lines) // 2] < 80
+    assert lines[-1] < 120
