@@ -180,9 +180,7 @@ CASES: dict[str, FamilyCase] = {
         **NO_MTP,
         rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     ),
-    "kimi_k2": experts(
-        "kimi_k2", hf_type="deepseek_v3", **DEEPSEEK_MOE | MLA | UNGROUPED | NO_MTP
-    ),
+    "kimi_k2": experts("kimi_k2", hf_type="deepseek_v3", **DEEPSEEK_MOE | MLA | UNGROUPED | NO_MTP),
     "glm": dense("glm", head_dim=12),
     "glm4": dense("glm4", head_dim=12),
     "glm4_moe": experts(

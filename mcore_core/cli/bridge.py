@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcore_core.cli.arguments import parse
 from mcore_core.cli.prepare import open_session
@@ -14,6 +14,9 @@ from mcore_core.config.source import COMMAND_LINE, Source
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError, did_you_mean, usage_error
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
+
+if TYPE_CHECKING:
+    from mcore_core.config.group import ConfigGroup
 
 USAGE = """\
 usage: mcore bridge coverage --model DIR [--model_type NAME] [--json]
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _coverage(argv: Sequence[str]) -> Any:  # noqa: ANN401
     session = open_session()
-    groups = {WeightsConfig: session.kernel[WeightsConfig]}
+    groups: dict[type[ConfigGroup], str] = {WeightsConfig: session.kernel[WeightsConfig]}
     arguments = parse(argv, collect_options(groups))
     if arguments.problems:
         raise UsageError(arguments.problems)

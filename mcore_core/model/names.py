@@ -61,6 +61,10 @@ def named_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:
 def _iterate(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     for wrapped in chunks:
         chunk = unwrap(wrapped)
+        for module in chunk.modules():
+            # half-precision wrappers cast buffers too; megatron undoes it only in the forward pass
+            if hasattr(module, "_maintain_float32_expert_bias"):
+                module._maintain_float32_expert_bias()
         buffers = ((n, b) for n, b in chunk.named_buffers() if n.endswith(".expert_bias"))
         for name, weight in (*chunk.named_parameters(), *buffers):
             full = canonical(name, chunk.first_layer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen  # noqa: F401  (registers the operators)
+from torch.nn.attention.varlen import _varlen_attn, _varlen_attn_backward
 
 from mcore_core.model.packed import VarlenPlan
 
@@ -29,7 +29,7 @@ class _SinkAttention(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         arguments = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
-        plain, lse, rng = torch.ops.torch_attn._varlen_attn(
+        plain, lse, rng = _varlen_attn(
             query, key, value, *arguments, window < 0, scale, [window, 0]
         )
         sink_H1 = sinks.float().unsqueeze(-1)
@@ -45,7 +45,7 @@ class _SinkAttention(torch.autograd.Function):
         query, key, value, sinks, out, total, rng = ctx.saved_tensors
         plan = ctx.plan
         grad = grad.contiguous()
-        d_query, d_key, d_value = torch.ops.torch_attn._varlen_attn_backward(
+        d_query, d_key, d_value = _varlen_attn_backward(
             grad,
             query,
             key,

@@ -46,7 +46,9 @@ def test_logits_and_gradients_equal_transformers(tmp_path, name):
     for key, gradient in expected.items():
         error = (gradients[key] - gradient).norm()
         # a bias of keys changes nothing in a layer without positions: its gradient is noise
-        assert gradient.norm() > 1e-3 or key.endswith(("k_proj.bias", "correction_bias", "expert_bias")), key
+        assert gradient.norm() > 1e-3 or key.endswith(
+            ("k_proj.bias", "correction_bias", "expert_bias")
+        ), key
         assert error <= max(LIMIT * gradient.norm(), 1e-4), key
 
 

@@ -67,9 +67,7 @@ def empty_ranks(plan, architecture, grid=ONE, dtype=torch.float32):
 def rank_of(weights_of, rank, grid=ONE):
     """Return the Ranks that rank `rank` would see."""
     members = tuple(
-        Member(
-            at=grid.at(r), held={n: Held(tuple(w.shape), w.dtype) for n, w in weights.items()}
-        )
+        Member(at=grid.at(r), held={n: Held(tuple(w.shape), w.dtype) for n, w in weights.items()})
         for r, weights in enumerate(weights_of)
     )
     return Ranks(rank=rank, size=len(weights_of), sizes=grid.sizes, members=members)

@@ -160,12 +160,12 @@ def test_parse_problems(argv: list[str], text: str) -> None:
         (
             ["trian"],
             "error[MC001]: unknown command 'trian'\n"
-            "  fix: one of run, export, plugins, args, doctor\n",
+            "  fix: one of run, export, bridge, plugins, args, doctor\n",
         ),
         (
             ["plugin"],
             "error[MC001]: unknown command 'plugin'\n  did you mean: plugins?\n"
-            "  fix: one of run, export, plugins, args, doctor\n",
+            "  fix: one of run, export, bridge, plugins, args, doctor\n",
         ),
         (
             ["run", "--lr", "1"],
@@ -279,7 +279,7 @@ def test_prepare() -> None:
     assert not prepared.config.is_set("calculate_per_token_loss")
     assert prepared.recipe.name == "sft"
     assert prepared.names == ("sft",)
-    assert set(prepared.plugins) == {"sft", "bridge"}
+    assert set(prepared.plugins) == {"sft", "bridge", "moe"}
     assert prepared.argv == (*RUN, "--lr", "1e-4")
     assert prepared.notes == ("max_epochs is 1: neither train_iters nor max_epochs was given",)
 
@@ -310,7 +310,7 @@ def test_plugins_on_the_command_line_replace_those_in_files(tmp_path: Path) -> N
 def test_prepare_export() -> None:
     prepared = prepare_export(["--to-hf", "--load", "a", "--save", "b"])
     assert prepared.config.get("to_hf") is True
-    assert set(prepared.plugins) == {"bridge"}
+    assert set(prepared.plugins) == {"bridge", "moe"}
     assert prepared.notes == ()
 
 

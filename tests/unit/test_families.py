@@ -111,7 +111,10 @@ def test_windows_equal_transformers():
     ("changes", "text"),
     [
         ({"hidden_act": "mish"}, "hidden_act = 'mish': qwen2 supports silu, swish, gelu"),
-        ({"quantization_config": {"bits": 4}}, "of quantized weights only fp8 with weight_block_size"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "of quantized weights only fp8 with weight_block_size",
+        ),
         ({"vocab_size": 0}, "vocab_size = 0: qwen2 needs a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers = None: qwen2 needs a positive integer"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "unknown rope_type 'spiral'"),

@@ -19,8 +19,8 @@ def test_the_page_is_current():
 
 
 def test_layouts_are_those_of_the_tests():
-    assert models_doc.DENSE_LAYOUTS == tuple(DENSE_LAYOUTS)
-    assert models_doc.MOE_LAYOUTS == tuple(MOE_LAYOUTS)
+    assert tuple(DENSE_LAYOUTS) == models_doc.DENSE_LAYOUTS
+    assert tuple(MOE_LAYOUTS) == models_doc.MOE_LAYOUTS
     for case in CASES.values():
         family = models_doc.load(case.family)
         assert (models_doc.example(family).moe is not None) == case.moe, case.family

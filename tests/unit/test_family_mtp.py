@@ -97,7 +97,10 @@ def test_canonical_names(tmp_path, name):
     if name == "mimo":  # it has the hidden states first
         given = tensors["model.mtp_layers.0.input_proj.weight"]
         assert torch.equal(project, torch.cat([given[:, 32:], given[:, :32]], 1))
-    embedding = {"qwen3_next": "mtp.pre_fc_norm_embedding", "mimo": "model.mtp_layers.0.token_layernorm"}
+    embedding = {
+        "qwen3_next": "mtp.pre_fc_norm_embedding",
+        "mimo": "model.mtp_layers.0.token_layernorm",
+    }
     key = embedding.get(name, f"model.layers.{LAYERS}.enorm")
     assert torch.equal(weights["mtp.layers.0.enorm.weight"], tensors[f"{key}.weight"])
 

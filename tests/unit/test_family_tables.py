@@ -110,6 +110,8 @@ HARMLESS = {
     "embedding_initializer_range",
 }  # fmt: skip
 """Keys that say nothing about what the model computes, or repeat others."""
+
+
 class Spy(dict):
     """A config that knows which of its keys were looked at."""
 

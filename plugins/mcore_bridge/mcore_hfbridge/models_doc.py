@@ -83,9 +83,7 @@ def render() -> str:
         proven = MOE_LAYOUTS if example(family).moe is not None else DENSE_LAYOUTS
         architectures = ", ".join(f"`{a}`" for a in family.architectures)
         notes = "; ".join(family.notes)
-        lines.append(
-            f"| `{name}` | {models} | {architectures} | {', '.join(proven)} | {notes} |\n"
-        )
+        lines.append(f"| `{name}` | {models} | {architectures} | {', '.join(proven)} | {notes} |\n")
     lines.append(EVERYWHERE)
     lines.append("\n## Families that are missing\n\n| why | model_types |\n|---|---|\n")
     for why, names in MISSING.items():
