@@ -98,7 +98,7 @@ def _kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
         "slope": _slope,
     }
     if fused:
-        return {n: torch.compile(f, dynamic=False) for n, f in functions.items()}
+        return {n: torch.compile(f) for n, f in functions.items()}
     return functions | {"slope": _slope_eager}
 
 

@@ -195,6 +195,9 @@ def patch_devices() -> None:
     """Make `device="cuda"`, `.cuda()` and `.to("cuda")` mean the host."""
     tensor: Any = torch.Tensor
     module: Any = torch.nn.Module
+    # torch keeps the set of its factories from the first `with torch.device(...)`: it must hold the
+    # originals, which the wrappers call, or such a block (transformers' meta device) does nothing
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_device(getattr(torch, name)))
     for name in _NEW:

@@ -110,11 +110,8 @@ class Commands:
 
 
 def _import():
-    from torch.utils._device import _device_constructors
-
     from mcore_core import compat
 
-    _device_constructors()  # torch caches what `with torch.device("meta")` acts on
     compat.apply()
     import mcore_core.train.loop  # noqa: F401
     from mcore_core.report import tensorboard  # noqa: F401

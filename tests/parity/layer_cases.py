@@ -109,11 +109,16 @@ LAYOUTS = {
 }
 
 
+STEEP = {"gdn": 0.02}
+"""Learning rates of models in which rounding grows faster than what is compared allows."""
+
+
 def layer_case(name, steps=3, groups=(), **options):
+    steep = {"lr": STEEP[name]} if name in STEEP else {}
     return Case(
         architecture=SHAPES[name],
         recipe=recipe,
         steps=data(steps),
-        options={**SGD, **RECOMPUTE["none"], "mtp_loss_scaling_factor": 0.5, **options},
+        options={**SGD, **RECOMPUTE["none"], "mtp_loss_scaling_factor": 0.5, **steep, **options},
         groups=(SFTConfig, *groups),
     )

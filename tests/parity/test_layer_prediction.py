@@ -19,7 +19,7 @@ def reference(name):
     def one_rank(_):
         session = Session(layer_case(name), LAYOUTS["one"])
         chunk = unwrap(session.chunks[0])
-        depths = len(chunk.mtp.layers)
+        depths, words = len(chunk.mtp.layers), session.plan.architecture.vocab_size
         total, count = torch.zeros(depths).double(), torch.zeros(depths).double()
         for unit in (u for micro in session.micros(0) for u in micro):
             ids = torch.from_numpy(unit["input_ids"]).long()
@@ -33,7 +33,7 @@ def reference(name):
                     later = torch.cat((ids[k:], torch.zeros(min(k, len(ids)), dtype=torch.long)))
                     hidden = layer(hidden, chunk.embed(later), row, None)
                     seen = hidden[: max(0, len(ids) - k - 1), 0]
-                    logits = seen @ chunk.head_weight()[: session.plan.architecture.vocab_size].t()
+                    logits = seen @ chunk.head_weight()[:words].t()
                     losses = F.cross_entropy(logits, ids[k + 1 :], reduction="none")
                     total[depth] += (losses * weights[k + 1 :]).sum()
                     count[depth] += weights[k + 1 :].sum()

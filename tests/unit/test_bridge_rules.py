@@ -10,7 +10,12 @@ from mcore_hfbridge.plan import Plan
 
 from mcore_core.model.architecture import Architecture
 from mcore_core.model.family import Family, Piece, Rule, Shard, Stack
-from mcore_core.model.tables import dense_decoder
+from mcore_core.model.shapes import LinearAttentionShape, MLAShape, MoEShape
+from mcore_core.model.tables import decoder_layers, dense_decoder, embedding, ending
+from mcore_core.model.tables_latent import latent_attention
+from mcore_core.model.tables_linear import mixed_attention
+from mcore_core.model.tables_moe import MoENames, mlp_or_moe
+from mcore_core.model.transforms import Rows, Run
 
 FAMILY = Family(name="any", architectures=(), architecture=lambda c: None, rules=dense_decoder)
 
@@ -38,24 +43,22 @@ def architectures(draw):
     return a, tp, draw(st.integers(0, 7))
 
 
-@settings(max_examples=60, deadline=None)
-@given(architectures())
-def test_pieces_partition_every_tensor(drawn):
-    a, tp, padding = drawn
-    plan = Plan(FAMILY, a)
+def check_partition(plan, sizes, padding=0):
+    """Every part is filled once by the pieces of all ranks, which are all of the HF tensors."""
     seen = {n: np.zeros(p.shape, int) for n, p in plan.hf.items()}
     for weight in plan.weights.values():
-        shape = weight.rule.shape
+        shard, shape = weight.rule.shard, weight.rule.shape
+        size = sizes[shard.group]
         if weight.rule.pad:
-            rows = (-(-shape[0] // tp) + padding) * tp
+            rows = (-(-shape[0] // size) + padding) * size
             shape = (rows, *shape[1:])
-        local = weight.rule.shard.local_shape(shape, tp)
-        assert weight.misfit(local, tp) == ""
-        for rank in range(tp):
+        local = shard.local_shape(shape, size)
+        assert weight.misfit(local, size) == ""
+        for rank in range(size):
             filled = np.zeros(local, int)
-            for piece in weight.pieces(local, rank, tp):
+            for piece in weight.pieces(local, rank, size):
                 filled[piece.slices] += 1
-                counted = rank == 0 or weight.rule.shard.dim is not None
+                counted = rank == 0 or shard.dim is not None
                 seen[weight.hf[piece.hf]][piece.hf_slices] += counted
             if weight.rule.pad:
                 held = max(0, min(local[0], weight.rule.shape[0] - rank * local[0]))
@@ -64,6 +67,104 @@ def test_pieces_partition_every_tensor(drawn):
                 filled = filled[:held]
             assert (filled == 1).all()
     assert all((count == 1).all() for count in seen.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(architectures())
+def test_pieces_partition_every_tensor(drawn):
+    a, tp, padding = drawn
+    check_partition(Plan(FAMILY, a), {"tp": tp}, padding)
+
+
+@st.composite
+def mixed(draw):
+    """An architecture with experts, and latent or gated attention and delta nets; groups' sizes."""
+    tp, etp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 3]))
+    groups = draw(st.integers(1, 3)) * tp
+    heads = groups * draw(st.integers(1, 2))
+    layers = draw(st.integers(1, 3))
+    chosen = tuple(i for i in range(layers) if draw(st.booleans()))
+    few = st.integers(1, 4)
+    latent = draw(st.booleans())
+    key_heads = tp * draw(st.integers(1, 2))
+    moe = MoEShape(
+        num_experts=draw(few),
+        topk=1,
+        ffn_hidden_size=etp * draw(few),
+        layers=tuple(i for i in range(layers) if draw(st.booleans())),
+        shared_ffn_hidden_size=draw(st.sampled_from([None, 4])),
+        shared_gate=draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+        router_bias=draw(st.booleans()),
+    )
+    delta = LinearAttentionShape(
+        layers=chosen,
+        key_head_dim=draw(few),
+        value_head_dim=draw(few),
+        num_key_heads=key_heads,
+        num_value_heads=key_heads * draw(st.integers(1, 3)),
+        conv_kernel=2,
+    )
+    mla = MLAShape(
+        q_lora_rank=draw(st.sampled_from([None, 3])),
+        kv_lora_rank=draw(few),
+        qk_nope_head_dim=draw(few),
+        qk_rope_head_dim=draw(few),
+        v_head_dim=draw(few),
+    )
+    a = Architecture(
+        num_layers=layers,
+        hidden_size=draw(few),
+        ffn_hidden_size=tp * draw(few),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=draw(few),
+        vocab_size=draw(st.integers(1, 20)),
+        max_position_embeddings=8,
+        attention_output_gate=draw(st.booleans()),
+        qk_layernorm=draw(st.booleans()),
+        qk_norm_width=draw(st.sampled_from(["head", "full"])),
+        normalization=draw(st.sampled_from(["RMSNorm", "LayerNorm"])),
+        softmax_type=draw(st.sampled_from(["vanilla", "learnable"])),
+        post_attention_norm=draw(st.booleans()),
+        post_mlp_norm=draw(st.booleans()),
+        moe=moe,
+        mla=mla if latent else None,
+        linear_attention=None if latent else delta,
+        mtp_layers=draw(st.integers(0, 2)),
+    )
+    layout = draw(st.sampled_from(["separate", "stacked", "interleaved"]))
+    fused = draw(st.booleans())
+
+    def rules(a):
+        names = MoENames(layout=layout)
+        block = decoder_layers(a)
+        first = latent_attention(a, block) if latent else mixed_attention(a, fused=fused)
+        return [*embedding(a), *first, *mlp_or_moe(a, names), *ending(a)]
+
+    return a, rules, {"tp": tp, "etp": etp}
+
+
+@settings(max_examples=80, deadline=None)
+@given(mixed())
+def test_pieces_partition_every_tensor_of_mixed_decoders(drawn):
+    a, rules, sizes = drawn
+    check_partition(Plan(replace(FAMILY, rules=rules), a), sizes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(0, 4), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12)
+)
+def test_a_cut_of_rows_at_distances_is_what_lies_there(step, start, count, low, high):
+    hf = np.arange(40)
+    piece = Rows(runs=(Run(0, start, count, step),)).pieces(((40,),), {})[0].shift(0, 2)
+    whole = np.full(2 + count, -1)
+    whole[piece.slices] = hf[piece.hf_slices]
+    cut = piece.cut(0, low, high)
+    expected = whole[max(low, 2) : max(high, 0)]
+    found = np.array([], int) if cut is None else hf[cut.hf_slices]
+    assert found.tolist() == expected.tolist()
 
 
 @settings(max_examples=40, deadline=None)

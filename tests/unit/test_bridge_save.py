@@ -8,9 +8,10 @@ from bridge_models import loaded as load_all
 from bridge_models import rank_of
 from family_cases import CASES
 from family_cases import write as write_case
-from mcore_hfbridge import save as save_module
 from mcore_hfbridge.export import bytes_of, export, pack
 from mcore_hfbridge.save import save
+from mcore_hfbridge.writer import Entry, Writer, file_order, header
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mcore_core.errors import UsageError
@@ -100,14 +101,15 @@ def test_full_disk(tmp_path, monkeypatch):
     save(plan, weights, tmp_path / "out", ranks, GB, None)
     before = (tmp_path / "out/model.safetensors").read_bytes()
     written = []
+    original = Writer.write
 
-    def fail(tensors, path, metadata):
+    def fail(self, tensors):
         if written:
             raise OSError(28, "No space left on device")
-        written.append(path)
-        path.write_bytes(b"x")
+        written.append(self.path)
+        original(self, tensors)
 
-    monkeypatch.setattr(save_module, "save_file", fail)
+    monkeypatch.setattr(Writer, "write", fail)
     weights["decoder.final_norm.weight"].zero_()
     with pytest.raises(UsageError) as error:
         save(plan, weights, tmp_path / "out", ranks, 20_000, None)
@@ -124,6 +126,45 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UsageError, match="MC540"):
         save(plan, weights, tmp_path / "out", ranks, GB, None)
+
+
+def test_no_more_than_a_bucket_is_gathered_at_once(tmp_path, monkeypatch):
+    write(tmp_path / "in", "llama")
+    plan, weights, ranks = loaded(tmp_path / "in", "llama")
+    sizes, original = [], Writer.write
+
+    def spy(self, tensors):
+        sizes.append(sum(t.nbytes for t in tensors.values()))
+        original(self, tensors)
+
+    monkeypatch.setattr(Writer, "write", spy)
+    monkeypatch.setattr("mcore_hfbridge.save.BUCKET", 13_000)
+    save(plan, weights, tmp_path / "out", ranks, GB, None)
+    assert len(sizes) > 4
+    assert max(sizes) <= 13_000
+    again = load_file(tmp_path / "out/model.safetensors")
+    before = load_file(tmp_path / "in/model.safetensors")
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[k], before[k]) for k in before)
+
+
+def test_types_are_aligned_in_a_file(tmp_path):
+    """An odd number of bfloat16 values does not push float32 ones off their alignment."""
+    tensors = {
+        "odd": torch.randn(3).to(torch.bfloat16),
+        "wide": torch.randn(2, 2),
+        "half": torch.randn(1).to(torch.float16),
+        "widest": torch.randn(1, dtype=torch.float64),
+    }
+    entries = file_order([Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()])
+    assert [e.name for e in entries] == ["widest", "wide", "odd", "half"]
+    assert len(header(entries)) % 8 == 0
+    writer = Writer(tmp_path / "x.safetensors", entries)
+    writer.write({e.name: tensors[e.name] for e in entries})
+    writer.close()
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], t) for n, t in tensors.items())
 
 
 def test_pack():

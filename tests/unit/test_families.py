@@ -1,6 +1,8 @@
 """What each family reads from an HF config, and what it refuses."""
 
 import json
+import math
+from importlib import import_module
 
 import pytest
 from mcore_hfbridge.families import llama, qwen2, qwen3
@@ -134,6 +136,125 @@ def test_refuses_with_the_key(changes, text):
     assert "fix: " in message
 
 
+MOE = {
+    "num_experts_per_tok": 4, "moe_intermediate_size": 8, "n_routed_experts": 8,
+    "n_shared_experts": 1, "norm_topk_prob": True,
+}  # fmt: skip
+DEEPSEEK = {**BASE, **MOE, "num_key_value_heads": 4, "n_group": 1, "rms_norm_eps": 1e-6}
+REFUSED = {
+    "mistral": ({}, {"layer_types": ["full_attention"] * 3}),
+    "mixtral": ({}, {"router_jitter_noise": 0.1}),
+    "olmoe": ({}, {"clip_qkv": 8.0}),
+    "phi3": ({}, {"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}),
+    "gemma": ({}, {"use_bidirectional_attention": True}),
+    "gemma3_text": (
+        {},
+        {"final_logit_softcapping": 30.0},
+        {"attn_logit_softcapping": 50.0},
+        {"use_bidirectional_attention": True},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+    ),
+    "gpt_oss": ({}, {"swiglu_alpha": 1.5}, {"quantization_config": {"quant_method": "mxfp4"}}),
+    "stablelm": (
+        {},
+        {"qk_layernorm": True},
+        {"use_parallel_residual": True},
+        {"hidden_dropout": 0.1},
+    ),
+    "starcoder2": ({}, {"embedding_dropout": 0.1}),
+    "smollm3": ({}, {"no_rope_layers": [1]}),
+    "qwen3_next": (MOE, {"attention_bias": True}, {"layer_types": ["sliding_attention"] * 3}),
+    "ernie4_5_moe": ({}, {"use_bias": True}, {"num_nextn_predict_layers": 1}),
+    "minimax_m2": ({}, {"scoring_func": "softmax"}, {"use_qk_norm": False}),
+    "deepseek_v2": (
+        DEEPSEEK | {"norm_topk_prob": False},
+        {"topk_method": "group_limited_greedy"},
+        {"norm_topk_prob": True},
+        {"scoring_func": "sigmoid"},
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"num_key_value_heads": 2},
+        {"rms_norm_eps": 1e-5},
+    ),
+    "deepseek_v3": (
+        DEEPSEEK,
+        {"norm_topk_prob": False},
+        {"num_experts_per_tok": 1},
+        {"n_group": 4, "topk_group": 1},
+        {"scoring_func": "softmax"},
+    ),
+    "exaone_moe": (MOE, {"sliding_window_pattern": "LLLG"}, {"mlp_layer_types": ["dense"]}),
+}
+"""Family -> what its config needs beside BASE, and changes of which each is refused."""
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name, (_, *changes) in REFUSED.items() for change in changes],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_what_a_family_cannot_honour_is_refused_by_name(name, change):
+    read = import_module(f"mcore_hfbridge.families.{name}").architecture
+    config = {**BASE, "rms_norm_eps": 1e-6, "num_local_experts": 8, **REFUSED[name][0]}
+    read(config)
+    with pytest.raises(UsageError) as error:
+        read({**config, **change})
+    text = str(error.value)
+    assert text.count("error[MC512]: the model's config.json has ") == 1
+    assert any(f" {key} = {value!r}: " in text for key, value in change.items()), text
+
+
+def test_groups_of_experts():
+    read = import_module("mcore_hfbridge.families.deepseek_v3").architecture
+    moe = read({**DEEPSEEK, "n_group": 4, "topk_group": 2}).moe
+    assert (moe.num_groups, moe.group_topk, moe.score_function) == (4, 2, "sigmoid")
+    moe = read({**DEEPSEEK, "n_group": 4, "topk_group": 4}).moe
+    assert (moe.num_groups, moe.group_topk) == (None, None)  # any group may be chosen
+
+
+def test_mscale_of_yarn():
+    read = import_module("mcore_hfbridge.families.deepseek_v3").architecture
+    yarn = {"type": "yarn", "factor": 40.0, "mscale_all_dim": 1.0}
+    a = read({**DEEPSEEK, "rope_scaling": yarn})
+    assert a.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert read(DEEPSEEK).softmax_scale is None
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "legacy"])
+def test_gemma3_has_two_ropes(spelling):
+    read = import_module("mcore_hfbridge.families.gemma3_text").architecture
+    linear = {"rope_type": "linear", "factor": 8.0}
+    given = {
+        "rope_parameters": {
+            "rope_parameters": {
+                "full_attention": {**linear, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            }
+        },
+        "legacy": {"rope_theta": 1e5, "rope_local_base_freq": 1e3, "rope_scaling": linear},
+    }[spelling]
+    a = read({**BASE, **given, "sliding_window_pattern": 3})
+    assert (a.rotary_base, a.window_rotary_base, a.rope_scaling) == (1e5, 1e3, linear)
+    assert (a.window_size, a.window_layers) == (4096, (0, 1))
+
+
+def test_internlm3_reads_both_spellings_of_its_biases():
+    read = import_module("mcore_hfbridge.families.internlm3").architecture
+    a = read({**BASE, "qkv_bias": True, "bias": False})
+    assert (a.add_qkv_bias, a.attention_output_bias, a.mlp_bias) == (True, False, False)
+    a = read({**BASE, "attention_bias": True, "mlp_bias": True})
+    assert (a.add_qkv_bias, a.attention_output_bias, a.mlp_bias) == (True, True, True)
+
+
+def test_partial_rope():
+    for name, expected in (("glm", 0.5), ("stablelm", 0.25), ("phi3", 1.0), ("qwen3_next", 0.25)):
+        read = import_module(f"mcore_hfbridge.families.{name}").architecture
+        assert read({**BASE, **MOE}).rotary_percent == expected
+        assert read({**BASE, **MOE, "partial_rotary_factor": 0.75}).rotary_percent == 0.75
+    read = import_module("mcore_hfbridge.families.minimax_m2").architecture
+    assert read({**BASE, **MOE, "rotary_dim": 64}).rotary_percent == 0.5
+
+
 def test_all_problems_at_once():
     message = texts(llama.architecture, hidden_act="mish", vocab_size=-1, mlp_bias=True)
     assert message.count("error[MC512]") == 2
@@ -156,6 +277,11 @@ def test_resolve(catalogue):
     assert resolve_family({"model_type": "llama"}, catalogue).name == "llama"
     assert resolve_family({"architectures": ["Qwen2ForCausalLM"]}, catalogue).name == "qwen2"
     assert resolve_family(config, catalogue, "llama").name == "llama"
+    assert resolve_family({"architectures": ["LlamaForCausalLM"]}, catalogue).name == "llama"
+    config = {"model_type": "internlm3", "architectures": ["LlamaForCausalLM"]}
+    assert resolve_family(config, catalogue).name == "internlm3"
+    config = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    assert resolve_family(config, catalogue).name == "kimi_k2"
 
 
 def test_unknown_architecture(catalogue):

@@ -5,73 +5,15 @@ import json
 import pytest
 import torch
 from bridge_models import ONE, Grid, assemble_all, described, load_ranks, loaded
-from family_cases import CASES, save_tensors, tensors_of, write
+from family_cases import CASES, save_tensors
+from family_mtp import LAYERS, WRITERS, write_mtp
 
 from mcore_core.errors import UsageError
-
-LAYERS = 2
-"""Of the decoder, in every case here."""
-
-
-def deepseek_names(folder, tensors):
-    """Return what a DeepSeek checkpoint has beyond the decoder: one more layer, and copies."""
-    last = f"model.layers.{LAYERS - 1}."
-    to = f"model.layers.{LAYERS}."
-    return {
-        **{to + k.removeprefix(last): t for k, t in tensors.items() if k.startswith(last)},
-        **norms_and_projection(to, "enorm", "hnorm", "eh_proj", "shared_head.norm"),
-        to + "embed_tokens.weight": tensors["model.embed_tokens.weight"],
-        to + "shared_head.head.weight": tensors["lm_head.weight"],
-    }
-
-
-def qwen_names(folder, tensors):
-    last = f"model.layers.{LAYERS - 1}."
-    inner = {k: t for k, t in tensors.items() if k.startswith(last)}
-    return {
-        **{"mtp.layers.0." + k.removeprefix(last): t for k, t in inner.items()},
-        **norms_and_projection("mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
-    }
-
-
-def mimo_names(folder, tensors):
-    last, to = f"model.layers.{LAYERS - 1}.", "model.mtp_layers.0."
-    inner = {k: t for k, t in tensors.items() if k.startswith(last)}
-    names = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
-    return {
-        **{to + k.removeprefix(last): t for k, t in inner.items()},
-        **norms_and_projection(to, *names),
-    }
-
-
-def norms_and_projection(prefix, embedding, hidden, projection, final):
-    vectors = {f"{prefix}{n}.weight": torch.randn(32) for n in (embedding, hidden, final)}
-    return {**vectors, f"{prefix}{projection}.weight": torch.randn(32, 64)}
-
-
-WRITERS = {
-    "deepseek_v3": deepseek_names,
-    "kimi_k2": deepseek_names,
-    "glm4_moe": deepseek_names,
-    "qwen3_next": qwen_names,
-    "mimo": mimo_names,
-}
-
-
-def write_mtp(folder, name):
-    write(folder, CASES[name])
-    tensors = tensors_of(folder)
-    own = {k: t.clone() for k, t in WRITERS[name](folder, tensors).items()}
-    save_tensors({**tensors, **own}, folder)
-    config = json.loads((folder / "config.json").read_text())
-    path = folder / "config.json"
-    path.write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-    return tensors_of(folder)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_round_trip(tmp_path, name):
-    tensors = write_mtp(tmp_path, name)
+    _, _, tensors = write_mtp(tmp_path, name)
     plan, architecture = described(tmp_path, name)
     assert architecture.mtp_layers == 1
     grids = [ONE, Grid(tp=2), Grid(pp=2), *([Grid(tp=2, ep=2)] if CASES[name].moe else [])]
@@ -83,7 +25,7 @@ def test_round_trip(tmp_path, name):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_canonical_names(tmp_path, name):
-    tensors = write_mtp(tmp_path, name)
+    _, _, tensors = write_mtp(tmp_path, name)
     _, (weights,) = loaded(tmp_path, name)
     mtp = {n for n in weights if n.startswith("mtp.")}
     inner = {n.removeprefix(i) for n in mtp if n.startswith(i := "mtp.layers.0.transformer_layer.")}
@@ -112,7 +54,7 @@ def error_of(folder, name):
 
 
 def test_any_missing_tensor_is_named_with_the_way_out(tmp_path):
-    tensors = write_mtp(tmp_path, "deepseek_v3")
+    _, _, tensors = write_mtp(tmp_path, "deepseek_v3")
     for gone in (n for n in tensors if n.startswith(f"model.layers.{LAYERS}.")):
         save_tensors({k: t for k, t in tensors.items() if k != gone}, tmp_path)
         text = error_of(tmp_path, "deepseek_v3")
@@ -122,7 +64,7 @@ def test_any_missing_tensor_is_named_with_the_way_out(tmp_path):
 
 
 def test_a_copy_that_differs(tmp_path):
-    tensors = write_mtp(tmp_path, "deepseek_v3")
+    _, _, tensors = write_mtp(tmp_path, "deepseek_v3")
     key = f"model.layers.{LAYERS}.embed_tokens.weight"
     tensors[key][3, 4] += 1
     save_tensors(tensors, tmp_path)

@@ -115,6 +115,8 @@ def test_other_libraries_still_see_a_cpu_machine(tmp_path):
         print(model.device, tuple(out.shape), torch.accelerator.is_available())
         torch.save(torch.ones(2), r"{tmp_path}/x.pt")
         print(torch.load(r"{tmp_path}/x.pt", map_location="cuda:0").tolist())
+        with torch.device("meta"):
+            print(torch.empty(2).device, torch.zeros(2, device="cuda").device)
         for name in ("transformer_engine", "apex", "flash_attn"):
             try:
                 __import__(name)
@@ -125,6 +127,7 @@ def test_other_libraries_still_see_a_cpu_machine(tmp_path):
     assert out.splitlines() == [
         "cpu (1, 5) False",
         "[1.0, 1.0]",
+        "meta cpu",
         "transformer_engine",
         "apex",
         "flash_attn",

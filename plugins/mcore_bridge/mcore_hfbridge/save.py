@@ -2,21 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from mcore_core.errors import Problem, UsageError
 from mcore_core.model.resolve import read_hf_config
-from mcore_hfbridge.export import assemble, bytes_of, pack
+from mcore_hfbridge.export import assemble, bytes_of, dtype_of, pack
 from mcore_hfbridge.hf_files import INDEX, SINGLE
 from mcore_hfbridge.ranks import agree
+from mcore_hfbridge.writer import Entry, Writer, file_order
 
 if TYPE_CHECKING:
     from mcore_hfbridge.plan import Plan
@@ -53,16 +53,27 @@ def save(
     mine = [f for k, f in enumerate(files) if k % ranks.replicas == ranks.replica]
     problems: list[Problem] = []
     written: list[str] = []
-    # A round: every rank of the replica gathers one file, then all write at the same time.
+    # A round: every rank of the replica writes one file. Bucket after bucket is gathered to each
+    # of them in turn, then all write at the same time.
     for start in range(0, len(mine), ranks.size):
-        tensors: dict[str, torch.Tensor] = {}
-        for writer, file in enumerate(mine[start : start + ranks.size]):
-            for bucket in pack({n: sizes[n] for n in files[file]}, BUCKET):
-                tensors |= assemble(plan, weights, ranks, bucket, to=writer)
-        if tensors:
-            file = mine[start + ranks.rank]
-            problems += _write(tensors, path / _partial(file))
+        group = mine[start : start + ranks.size]
+        entries = [file_order(_entries(plan, ranks, files[file])) for file in group]
+        queues = [list(pack({e.name: e.nbytes for e in each}, BUCKET)) for each in entries]
+        writer = None
+        if ranks.rank < len(group):
+            file = group[ranks.rank]
+            writer = Writer(path / _partial(file), entries[ranks.rank])
             written.append(file)
+        for turn in range(max(map(len, queues))):
+            tensors: dict[str, torch.Tensor] = {}
+            for to, queue in enumerate(queues):
+                if turn < len(queue):
+                    tensors |= assemble(plan, weights, ranks, queue[turn], to=to)
+            if tensors and not problems:
+                assert writer is not None
+                problems += _attempt(partial(writer.write, tensors), path)
+        if writer is not None:
+            problems += _attempt(writer.close, path)
     main = ranks.rank == 0 and ranks.replica == 0
     try:
         agree(problems)
@@ -87,12 +98,15 @@ def _partial(file: str) -> str:
     return f".partial-{file}"
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> list[Problem]:
+def _entries(plan: "Plan", ranks: "Ranks", names: Sequence[str]) -> list[Entry]:
+    return [Entry(name, dtype_of(ranks, plan.hf[name]), plan.hf[name].shape) for name in names]
+
+
+def _attempt(write: Callable[[], None], folder: Path) -> list[Problem]:
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        path.unlink(missing_ok=True)
-        return [_unwritable(path.parent, error)]
+        write()
+    except OSError as error:
+        return [_unwritable(folder, error)]
     return []
 
 
