@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = [
@@ -197,7 +198,7 @@ def patch_devices() -> None:
     module: Any = torch.nn.Module
     # torch keeps the set of its factories from the first `with torch.device(...)`: it must hold the
     # originals, which the wrappers call, or such a block (transformers' meta device) does nothing
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_device(getattr(torch, name)))
     for name in _NEW:

@@ -179,6 +179,6 @@ def copy_companions(source: Path, path: Path, dtype: str) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401
-    partial = path.with_name(_partial(path.name))
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_name(_partial(path.name))
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
