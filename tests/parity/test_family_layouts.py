@@ -110,6 +110,7 @@ def check(name, layout_name, folder):
     assert all(torch.equal(saved[k], before[k]) for k in before)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", CASES)
 def test_one_layout(name, folders):
     several = list(layouts_of(CASES[name]))

@@ -9,6 +9,10 @@ from sft_case import ADAM, RECOMPUTE
 
 from mcore_core.testing.cases import assert_same, run_case
 
+pytestmark = (
+    pytest.mark.parity
+)  # several minutes: test_layer_checkpoints stands for it in make test
+
 
 @cache
 def _one_rank(name):
