@@ -76,7 +76,7 @@ def example(family: "Family") -> "Architecture":
 def render() -> str:
     """Return the page."""
     lines = [INTRO]
-    lines.append("| model_type | models | architectures | layouts proven | differences |\n")
+    lines.append("| model_type | models | architectures | layouts in make parity | differences |\n")
     lines.append("|---|---|---|---|---|\n")
     for name, models in FAMILIES.items():
         family = load(name)
