@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import Field
 
+from mcore_core.config.export import ExportConfig
 from mcore_core.config.group import ConfigGroup, also
 from mcore_core.config.kernel import KERNEL_GROUPS, kernel_config
 from mcore_core.config.option import collect_options
@@ -196,7 +197,7 @@ def test_values_that_are_not_refused() -> None:
 
 
 def test_every_refused_option_exists_and_is_not_refused_by_default() -> None:
-    config = kernel_config()
+    config = kernel_config(ExportConfig)
     assert set(REFUSED) <= set(config.names)
     given = config.replace(**{name: config.get(name) for name in REFUSED})
     assert check_refused(given, {}) == []
