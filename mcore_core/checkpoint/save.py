@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -62,9 +61,7 @@ class Saver:
             )
         self._queue: AsyncCallsQueue | None = None
         if options.async_save:
-            # megatron's persistent worker asks for a CUDA device and dies without one
-            persistent = options.use_persistent_ckpt_worker and torch.cuda.is_available()
-            self._queue = AsyncCallsQueue(persistent=persistent)
+            self._queue = AsyncCallsQueue(persistent=options.use_persistent_ckpt_worker)
         self.last_step: int | None = None
         """Step of the newest checkpoint written or under way."""
 

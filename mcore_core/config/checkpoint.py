@@ -44,7 +44,7 @@ class CheckpointConfig(ConfigGroup):
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     use_persistent_ckpt_worker: bool = False
-    """Keep one background process for async_save instead of starting one for each checkpoint."""
+    """On a GPU, keep one background process for async_save, not a new one for each checkpoint."""
     ckpt_fully_parallel_load: bool = False
     """Let each data-parallel rank read a part and exchange the parts, instead of reading all."""
     ckpt_assume_constant_structure: bool = False

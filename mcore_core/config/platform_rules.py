@@ -57,6 +57,7 @@ _RULES: tuple[tuple[str, Callable[[RunConfig], bool], tuple[Need, ...], str], ..
     ("use_precision_aware_optimizer", lambda c: bool(c.get("use_precision_aware_optimizer")),
      (GPU, TE), ""),
     ("optimizer_cpu_offload", lambda c: bool(c.get("optimizer_cpu_offload")), (GPU,), ""),
+    ("use_persistent_ckpt_worker", lambda c: bool(c.get("use_persistent_ckpt_worker")), (GPU,), ""),
     ("tp_comm_overlap", lambda c: bool(c.get("tp_comm_overlap")), (GPU, TE), ""),
     ("distributed_backend", lambda c: c.get("distributed_backend") == "nccl", (GPU,),
      "--distributed_backend gloo"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.transformer.enums import AttnBackend
@@ -267,9 +268,8 @@ def _recompute(train: TrainConfig) -> dict[str, Any]:
 
 def build_chunks(plan: ModelPlan, config: DecoderConfig) -> list[Decoder]:
     """Return this pipeline rank's chunks, initialized at random. Needs megatron's groups."""
-    if not plan.transformer_engine:
-        # HybridStack takes its final norm from the module, not from its spec
-        hybrid_block.TENorm = Norm
+    # HybridStack takes its final norm from the module, not from its spec
+    hybrid_block.TENorm = TENorm if plan.transformer_engine else Norm
     spec = stack_spec(config, transformer_engine=plan.transformer_engine)
     pp, rank = plan.layout.pp, parallel_state.get_pipeline_model_parallel_rank()
     chunks = []

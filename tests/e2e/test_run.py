@@ -194,16 +194,15 @@ def test_retention(mcore, sft, tmp_path):
     assert kept == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
 
 
-@pytest.mark.parametrize("persistent", ["true", "false"])
-def test_saving_in_the_background(mcore, sft, plain, tmp_path, persistent):
-    save = [
-        "--async_save",
-        "--use_persistent_ckpt_worker",
-        persistent,
-        "--save",
-        tmp_path / "async",
-    ]
+def test_a_persistent_worker_needs_a_gpu(mcore, sft, tmp_path):
+    save = ["--async_save", "--use_persistent_ckpt_worker", "--save", tmp_path / "refused"]
     ran = mcore(*sft, *STEPS, *save)
+    assert ran.code == 2
+    assert "error[MC312]: --use_persistent_ckpt_worker true needs a CUDA GPU" in ran.err
+
+
+def test_saving_in_the_background(mcore, sft, plain, tmp_path):
+    ran = mcore(*sft, *STEPS, "--async_save", "--save", tmp_path / "async")
     assert ran.code == 0, ran.err
     assert names(ran.folder()) == names(plain)
     assert losses(ran.folder()) == losses(plain)
