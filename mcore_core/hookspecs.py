@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RolloutEngine,
         StepResult,
         Tuner,
+        TurnScheduler,
     )
 
 # -- start-up -------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def mcore_datasets() -> "Iterable[Component[DatasetLoader]]":
 
 
 @hookspec
-def mcore_schedulers() -> "Iterable[Component[object]]":
+def mcore_schedulers() -> "Iterable[Component[TurnScheduler]]":
     """Return turn schedulers for `--multi_turn_scheduler`."""
     return ()
 

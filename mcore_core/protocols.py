@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from mcore_core.rollout import Completion as Completion
+from mcore_core.rollout import EngineContext as EngineContext
+from mcore_core.rollout import Request as Request
+from mcore_core.rollout import RewardFn as RewardFn
+from mcore_core.rollout import Rollout as Rollout
+from mcore_core.rollout import RolloutEngine as RolloutEngine
+from mcore_core.rollout import Sampling as Sampling
+from mcore_core.rollout import Turn as Turn
+from mcore_core.rollout import TurnScheduler as TurnScheduler
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -141,38 +151,6 @@ class StepRun(Protocol):
 
     step: int
     training: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One completion of one prompt."""
-
-    row: Row
-    text: str
-    token_ids: Sequence[int]
-    logps: Sequence[float]
-    finished: bool
-    policy_step: int
-
-
-class RewardFn(Protocol):
-    """Scores a batch; None means "does not apply to this row"."""
-
-    def __call__(self, rollouts: Sequence[Rollout], /) -> Sequence[float | None]:
-        """Return one score for each rollout, in order."""
-
-
-class RolloutEngine(Protocol):
-    """Generates completions with the newest weights it was given."""
-
-    def generate(self, rows: Sequence[Row], *, n: int) -> list[Rollout]:
-        """Return n rollouts for each row, grouped by row."""
-
-    def update_weights(self, weights: "Iterable[tuple[str, Tensor]]", *, step: int) -> None:
-        """Take HF-named weights; generate() uses them from now on."""
-
-    def close(self) -> None:
-        """Free the devices."""
 
 
 class Bridge(Protocol):
