@@ -6,7 +6,7 @@ Shapes: T tokens of one packed row, S sequences in it, V vocabulary, H hidden si
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_core.rollout import Completion as Completion
 from mcore_core.rollout import EngineContext as EngineContext
@@ -19,6 +19,8 @@ from mcore_core.rollout import Turn as Turn
 from mcore_core.rollout import TurnScheduler as TurnScheduler
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from mcore_core.config.compose import RunConfig
@@ -115,11 +117,31 @@ class LossFn(Protocol):
         """Return the summed loss of this micro-batch."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenModel:
+    """A model beside the policy, which does not train.
+
+    Without any field set it is the policy as it started: a copy or, where adapters are trained, the
+    policy with its adapters off.
+    """
+
+    model: str | None = None
+    """A Hugging Face folder; None: that of the policy."""
+    load: str | None = None
+    """A checkpoint of mcore to take the weights from."""
+    adapters: tuple[str, ...] = ()
+    """Adapters in PEFT's format to put on it."""
+    adapter_load: str | None = None
+    """A checkpoint of mcore that holds its adapters."""
+    own_vocabulary: bool = False
+    """Its vocabulary may differ from the policy's."""
+
+
 class Recipe[B: Batch](Protocol):
     """One training method. The kernel owns the step; a recipe never sees groups or devices."""
 
-    models: ClassVar[tuple[str, ...]]
-    """Which models the kernel loads: "policy", then perhaps "ref" or "teacher"."""
+    frozen: "Mapping[str, FrozenModel]"
+    """The models beside the policy that the kernel builds, by name: "ref", "teacher"."""
     head: HeadSpec
     token_local: bool
     """True where `loss` treats every token by itself: it is then called on chunks of tokens."""
@@ -147,10 +169,44 @@ class Recipe[B: Batch](Protocol):
 
 
 class StepRun(Protocol):
-    """What `Recipe.prepare` may ask of the kernel."""
+    """What `Recipe.prepare` may ask of the kernel.
 
-    step: int
-    training: bool
+    Every method is collective: model-parallel ranks call alike, with equal arguments, and
+    data-parallel ranks call equally often.
+    """
+
+    @property
+    def step(self) -> int:
+        """Number of the step that is prepared, from 1."""
+
+    @property
+    def training(self) -> bool:
+        """False in an evaluation."""
+
+    @property
+    def dp(self) -> tuple[int, int]:
+        """This data-parallel rank and how many there are."""
+
+    def gather(self, value: Any, /) -> list[Any]:  # noqa: ANN401
+        """Return the value of each data-parallel rank, in order; picklable."""
+
+    def score(self, model: str, units: list[Unit]) -> "list[NDArray[np.float32]]":
+        """Return the log-probability of each target of each unit, in nats.
+
+        Args:
+            model: "policy", or a name in the recipe's `frozen`.
+            units: Any units that the recipe can collate.
+
+        Returns:
+            For each unit one value a token, in the order of its tokens in `collate`: position i
+            belongs to target i, as `targets_T`; 0 where `weights_T` is 0. Computed in eval mode
+            without gradients, by the recipe's head, its temperature included.
+        """
+
+    def score_with_entropy(
+        self, model: str, units: list[Unit]
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32]]]":
+        """Return log-probabilities as `score` does, and each position's entropy in nats."""
 
 
 class Bridge(Protocol):

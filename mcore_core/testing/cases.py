@@ -15,6 +15,7 @@ from torch import Tensor
 from mcore_core.checkpoint.state import Trainable, gather_weights
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.kernel import kernel_config
+from mcore_core.config.train import TrainConfig
 from mcore_core.model.build import DTYPES, ModelPlan
 from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
@@ -30,8 +31,11 @@ from mcore_core.testing.parity import (
 )
 from mcore_core.testing.ranks import fork_ranks
 from mcore_core.train.build import build_model, wrap
+from mcore_core.train.frozen import freeze
 from mcore_core.train.optimizer import build_optimizer, build_schedule
+from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.step import Stepper
+from mcore_core.train.stepping import Models, StepView, regroup
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -105,8 +109,25 @@ class Session:
             optimizer=self.optimizer,
             schedule=self.schedule,
         )
+        recipe = self.stepper.recipe
+        self.models = Models(
+            ScoredModel(chunks=self.chunks, plan=self.plan),
+            recipe,
+            platform.device(),
+            micro_batch_size=self.config[TrainConfig].micro_batch_size,
+            frozen={
+                name: self._frozen(scale, on_cpu=on_cpu)
+                for scale, name in enumerate(recipe.frozen, start=1)
+            },
+        )
         self.gradients: list[list[Part]] = []
         self.step = 0
+
+    def _frozen(self, number: int, *, on_cpu: bool) -> ScoredModel:
+        """Return a model that differs from the policy: its weights are a little smaller."""
+        chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
+        fill(chunks, scale=0.08 * 0.9**number)
+        return freeze(chunks, self.plan)
 
     @property
     def trainable(self) -> Trainable:
@@ -130,10 +151,14 @@ class Session:
         return list(self.case.steps[step][first :: self.layout.dp])
 
     def train(self, steps: int) -> "list[StepResult]":
-        """Take the next steps."""
+        """Take the steps of the next global batches: as many as the recipe makes of each."""
         results = []
         for _ in range(steps):
-            results.append(self.stepper.train(self.micros(self.step), self.step + 1))
+            micros = self.micros(self.step)
+            units = [unit for micro in micros for unit in micro]
+            view = StepView(self.models, self.step + 1)
+            for prepared in self.stepper.recipe.prepare(units, view):
+                results.append(self.stepper.train(regroup(prepared, micros), self.step + 1))
             self.step += 1
         return results
 

@@ -73,11 +73,15 @@ class ForwardStep:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Shares]]]:
         """Run one chunk on the next micro-batch; return its output and the loss function of it."""
         placed = next(batches)
+        return self.hidden(placed, chunk), partial(self._finish, placed, chunk)
+
+    def hidden(self, placed: Placed, chunk: Any) -> Tensor:  # noqa: ANN401
+        """Return a chunk's output: on the last one the hidden states of this rank's tokens."""
         arguments = self._arguments
         if self._ahead(chunk):
             arguments = {**arguments, "ahead": [a.tokens_T for a in placed.ahead]}
-        hidden = chunk(placed.batch.tokens_T, placed.row, **arguments)
-        return hidden, partial(self._finish, placed, chunk)
+        output: Tensor = chunk(placed.batch.tokens_T, placed.row, **arguments)
+        return output
 
     def _finish(
         self,
@@ -117,7 +121,7 @@ class ForwardStep:
             return LossOutput(-(out.logps_T * weights_C).sum(), weights_C.sum())
 
         return local_loss(
-            self._whole(hidden).index_select(0, kept),
+            self.whole(hidden).index_select(0, kept),
             unwrap(chunk).head_weight(),
             ahead.targets_T[kept],
             of_slice,
@@ -125,7 +129,7 @@ class ForwardStep:
             spec=self.recipe.head,
         )
 
-    def _whole(self, hidden: Tensor) -> Tensor:
+    def whole(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all tokens here, [T, H], on every tensor-parallel rank."""
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, True)
@@ -142,7 +146,7 @@ class ForwardStep:
             hidden: Its output, [T, 1, H] or, with sequence parallelism, [T / tp, 1, H].
         """
         weight = unwrap(chunk).head_weight()
-        hidden_TH = self._whole(hidden)
+        hidden_TH = self.whole(hidden)
         batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
         if not recipe.token_local:
             out = log_probabilities(

@@ -4,11 +4,10 @@ import dataclasses
 import gc
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +23,10 @@ from mcore_core.config.weights import WeightsConfig
 from mcore_core.parallel.reduce import any_rank
 from mcore_core.train.facts import params_norm, step_flops
 from mcore_core.train.session import Session, plain_architecture
+from mcore_core.train.stepping import StepView, regroup
 
 if TYPE_CHECKING:
     from mcore_core.protocols import StepResult, Unit
-
-
-@dataclass(slots=True)
-class StepInfo:
-    """Implements protocols.StepRun."""
-
-    step: int
-    training: bool = True
 
 
 @dataclass(slots=True)
@@ -53,7 +45,7 @@ def train(session: Session) -> None:
         waiting = time.perf_counter()
         for micros in session.data.train if run.step < run.train_iters else ():
             units = [unit for micro in micros for unit in micro]
-            for prepared in session.recipe.prepare(units, StepInfo(run.step + 1)):
+            for prepared in session.recipe.prepare(units, StepView(session.models, run.step + 1)):
                 waited = time.perf_counter() - waiting
                 result = session.stepper.train(regroup(prepared, micros), run.step + 1)
                 run.step += 1
@@ -75,16 +67,6 @@ def train(session: Session) -> None:
         if session.saver.last_step != run.step and not stop.wanted:
             save(session)
         session.saver.close()
-
-
-def regroup(units: list["Unit"], micros: Sequence[list["Unit"]]) -> list[list["Unit"]]:
-    """Divide prepared units into micro-batches as they came; evenly where a recipe changed them."""
-    if len(units) == sum(map(len, micros)):
-        iterator = iter(units)
-        return [[next(iterator) for _ in micro] for micro in micros]
-    number = len(micros)
-    bounds = [i * len(units) // number for i in range(number + 1)]
-    return [units[a:b] for a, b in pairwise(bounds)]
 
 
 def _after_step(session: Session, result: "StepResult", waited: float) -> None:
@@ -126,10 +108,10 @@ def _maybe_evaluate(session: Session) -> None:
 
 def _prepared(session: Session) -> Iterator[list[list["Unit"]]]:
     assert session.data.val is not None
-    info = StepInfo(session.run.step, training=False)
+    view = StepView(session.models, session.run.step, training=False)
     for micros in session.data.val:
         units = [unit for micro in micros for unit in micro]
-        for prepared in session.recipe.prepare(units, info):
+        for prepared in session.recipe.prepare(units, view):
             yield regroup(prepared, micros)
 
 

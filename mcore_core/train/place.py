@@ -42,6 +42,8 @@ class Placed:
     reduce: RowReduce
     trained: Tensor
     """Which of this rank's tokens have a weight, as indices."""
+    source: Tensor
+    """Where each of this rank's tokens stands in the row before padding; -1 where it is padding."""
     tokens: int
     """Tokens of the whole micro-batch, padding not counted."""
     squares: int
@@ -124,6 +126,7 @@ def place(
         row=PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0))),
         reduce=RowReduce(move(sequence), move(owns_S), cp_group),
         trained=move(trained),
+        source=source,
         tokens=sum(batch.lengths),
         squares=sum(n * n for n in batch.lengths),
         ahead=tuple(_ahead(batch, depth, gather, move) for depth in range(1, depths + 1)),

@@ -32,13 +32,16 @@ from mcore_core.report.record import ModelFacts
 from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, environment
+from mcore_core.train.frozen import build_frozen
 from mcore_core.train.optimizer import (
     build_optimizer,
     build_schedule,
     uses_distributed_optimizer,
 )
 from mcore_core.train.plan import ModelSource
+from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.step import Stepper
+from mcore_core.train.stepping import Models
 
 if TYPE_CHECKING:
     from mcore_core.cli.prepared import Prepared, PreparedExport
@@ -59,6 +62,7 @@ class Session:
     template: Template
     data: DataBundle
     stepper: Stepper
+    models: Models
     bridge: "Bridge"
     saver: Saver
     reports: RunReports
@@ -135,6 +139,21 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         schedule=schedule,
         pin_memory=config[DataLoaderConfig].dataloader_pin_memory,
     )
+    models = Models(
+        ScoredModel(chunks=chunks, plan=plan),
+        recipe,
+        platform.device(),
+        micro_batch_size=config[TrainConfig].micro_batch_size,
+        frozen=build_frozen(
+            recipe.frozen,
+            source,
+            config,
+            prepared.manager,
+            platform,
+            bridge_class=bridge_of(prepared),
+            max_length=template.max_length,
+        ),
+    )
     if resume is not None:
         loaded = load(Trainable(chunks, optimizer, run.layout), resume, config[CheckpointConfig])
         if not config[CheckpointConfig].finetune:
@@ -173,6 +192,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         template=template,
         data=data,
         stepper=stepper,
+        models=models,
         bridge=bridge,
         saver=saver,
         reports=reports,

@@ -98,7 +98,7 @@ def test_the_recipe_can_be_sent_to_worker_processes():
     one = recipe()
     copy = pickle.loads(pickle.dumps(one))
     assert copy.encode(chat("hi", "yo"))["length"] == one.encode(chat("hi", "yo"))["length"]
-    assert one.state_dict() == {} and one.models == ("policy",) and one.token_local
+    assert one.state_dict() == {} and one.frozen == {} and one.token_local
 
 
 def test_one_optimizer_step_a_global_batch():

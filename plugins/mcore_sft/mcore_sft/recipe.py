@@ -1,6 +1,6 @@
 """Supervised fine-tuning: a unit is one sample."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,16 @@ from mcore_core.config.train import TrainConfig
 from mcore_core.data.collate import pack_sequences
 from mcore_core.data.rows import conversation
 from mcore_core.data.template import Template
-from mcore_core.protocols import HeadOut, HeadSpec, LossOutput, Reduce, Row, StepRun, Unit
+from mcore_core.protocols import (
+    FrozenModel,
+    HeadOut,
+    HeadSpec,
+    LossOutput,
+    Reduce,
+    Row,
+    StepRun,
+    Unit,
+)
 from mcore_sft.batch import SFTBatch
 from mcore_sft.loss import cross_entropy
 
@@ -23,7 +32,7 @@ class SFTRecipe:
     alike; without, every sample does, whatever its length.
     """
 
-    models: ClassVar[tuple[str, ...]] = ("policy",)
+    frozen: ClassVar[Mapping[str, FrozenModel]] = {}
     token_local = True
 
     def __init__(self, config: RunConfig, template: Template) -> None:

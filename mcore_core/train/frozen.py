@@ -1,0 +1,131 @@
+"""The models beside the policy that a recipe asks for, in the policy's layout; none trains."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_core.checkpoint import folders as checkpoints
+from mcore_core.checkpoint.load import load
+from mcore_core.checkpoint.state import Trainable
+from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.layout_rules import check_model, split_options
+from mcore_core.config.weights import WeightsConfig
+from mcore_core.errors import UsageError, usage_error
+from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
+from mcore_core.parallel.stages import layers_per_stage
+from mcore_core.protocols import FrozenModel
+from mcore_core.train.build import build_model, model_plan
+from mcore_core.train.plan import ModelSource
+from mcore_core.train.scoring import ScoredModel
+
+if TYPE_CHECKING:
+    from mcore_core.config.compose import RunConfig
+    from mcore_core.manager import PluginManager
+    from mcore_core.platform.base import Platform
+
+
+def frozen_source(
+    name: str,
+    wanted: FrozenModel,
+    policy: ModelSource,
+    config: "RunConfig",
+    manager: "PluginManager",
+) -> ModelSource:
+    """Return what a frozen model is made from; another folder is read without the Model overrides.
+
+    Raises:
+        UsageError: The folder, its layout or its vocabulary does not fit.
+    """
+    if wanted.model is None:
+        return policy
+    weights = config[WeightsConfig]
+    path = resolve_model_dir(
+        wanted.model,
+        revision=None,
+        use_hf=weights.use_hf,
+        token=weights.hub_token,
+    )
+    hf_config = read_hf_config(path)
+    family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), None)
+    architecture = family.architecture(hf_config)
+    have, want = architecture.vocab_size, policy.architecture.vocab_size
+    if have != want and not wanted.own_vocabulary:
+        raise usage_error(
+            "MC519",
+            f"{name}: {path} has a vocabulary of {have} tokens, the policy of {want}",
+            "log-probabilities of one model's tokens mean nothing under another's vocabulary",
+            "fix: name the model that the policy was made from",
+        )
+    if problems := check_model(config, architecture, policy.layout):
+        raise UsageError(problems)
+    counts = layers_per_stage(architecture.num_layers, split_options(config, policy.layout))
+    return ModelSource(
+        path=path,
+        hf_config=hf_config,
+        family=family,
+        architecture=architecture,
+        layout=policy.layout,
+        stage_layers=tuple(counts),
+    )
+
+
+def build_frozen(
+    wanted: Mapping[str, FrozenModel],
+    policy: ModelSource,
+    config: "RunConfig",
+    manager: "PluginManager",
+    platform: "Platform",
+    *,
+    bridge_class: Any,  # noqa: ANN401
+    max_length: int | None,
+    adapters: bool = False,
+) -> dict[str, ScoredModel]:
+    """Build and load every model; collective.
+
+    With `adapters` the policy trains adapters only: a model that is the policy as it started is
+    left out, since the policy with its adapters off is that.
+
+    Raises:
+        UsageError: What the user has to change.
+    """
+    return {
+        name: _build(
+            frozen_source(name, each, policy, config, manager),
+            each,
+            config,
+            platform,
+            bridge_class=bridge_class,
+            max_length=max_length,
+        )
+        for name, each in wanted.items()
+        if not (adapters and each == FrozenModel())
+    }
+
+
+def _build(
+    source: ModelSource,
+    wanted: FrozenModel,
+    config: "RunConfig",
+    platform: "Platform",
+    *,
+    bridge_class: Any,  # noqa: ANN401
+    max_length: int | None,
+) -> ScoredModel:
+    plan = model_plan(source, config, platform, max_length=max_length)
+    chunks = build_model(plan, config, on_cpu=platform.name == "cpu", initialize=False)
+    if wanted.load is None:
+        bridge_class(source.family, source.architecture).load(chunks, source.path)
+    else:
+        found = checkpoints.require(Path(wanted.load).expanduser())
+        only_weights = {"no_load_optim": True, "no_load_rng": True, "finetune": True}
+        options = config[CheckpointConfig].model_copy(update=only_weights)
+        load(Trainable(chunks, None, source.layout), found, options)
+    return freeze(chunks, plan)
+
+
+def freeze(chunks: list[Any], plan: Any) -> ScoredModel:  # noqa: ANN401
+    """Return the chunks in eval mode, without gradients."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return ScoredModel(chunks=chunks, plan=plan)

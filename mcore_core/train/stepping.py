@@ -1,0 +1,107 @@
+"""What `Recipe.prepare` is given: the models that score, and the other data-parallel ranks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mcore_core.train.scoring import ScoredModel, Scorer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mcore_core.protocols import Recipe, Unit
+
+POLICY = "policy"
+
+
+class Models:
+    """The policy and the frozen models of a run, by name."""
+
+    def __init__(
+        self,
+        policy: ScoredModel,
+        recipe: "Recipe[Any]",
+        device: torch.device,
+        *,
+        micro_batch_size: int,
+        frozen: Mapping[str, ScoredModel] | None = None,
+        adapters_off: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Keep the models. A name of the recipe that `frozen` lacks is the policy, adapters off."""
+        self._scorers = {
+            name: Scorer(model, recipe, device, micro_batch_size=micro_batch_size)
+            for name, model in {POLICY: policy, **(frozen or {})}.items()
+        }
+        self._frozen = frozenset(recipe.frozen)
+        self._adapters_off = adapters_off
+
+    def score(
+        self, name: str, units: "list[Unit]", *, entropy: bool = False
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32]]]":
+        """Return log-probabilities and entropies under a model; collective.
+
+        Raises:
+            KeyError: The recipe did not ask for a model of this name.
+        """
+        off: AbstractContextManager[None]
+        if name in self._scorers:
+            scorer, off = self._scorers[name], nullcontext()
+        elif name in self._frozen and self._adapters_off is not None:
+            scorer, off = self._scorers[POLICY], self._adapters_off()
+        else:
+            raise KeyError(f"no model {name!r}: there are {', '.join(self._scorers)}")
+        with off:
+            return scorer.score(units, entropy=entropy)
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """Implements protocols.StepRun."""
+
+    models: Models
+    step: int
+    training: bool = True
+
+    @property
+    def dp(self) -> tuple[int, int]:
+        """This data-parallel rank and how many there are."""
+        return (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def gather(self, value: Any, /) -> list[Any]:  # noqa: ANN401
+        """Return the value of each data-parallel rank, in order; collective."""
+        _, size = self.dp
+        if size == 1:
+            return [value]
+        values: list[Any] = [None] * size
+        dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+        return values
+
+    def score(self, model: str, units: "list[Unit]") -> "list[NDArray[np.float32]]":
+        """Return log-probabilities, [L] of each unit; collective."""
+        return [logps for logps, _ in self.models.score(model, units)]
+
+    def score_with_entropy(
+        self, model: str, units: "list[Unit]"
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32]]]":
+        """Return log-probabilities and entropies, [L] of each unit; collective."""
+        return self.models.score(model, units, entropy=True)
+
+
+def regroup(units: list["Unit"], micros: Sequence[list["Unit"]]) -> list[list["Unit"]]:
+    """Divide prepared units into micro-batches as they came; evenly where a recipe changed them."""
+    if len(units) == sum(map(len, micros)):
+        iterator = iter(units)
+        return [[next(iterator) for _ in micro] for micro in micros]
+    number = len(micros)
+    bounds = [i * len(units) // number for i in range(number + 1)]
+    return [units[a:b] for a, b in pairwise(bounds)]
