@@ -18,7 +18,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity slow test-gpu lint format docs bench lock clean
+.PHONY: help setup quickstart test parity grid slow test-gpu lint format docs bench lock clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,10 +40,15 @@ quickstart: setup  ## make a small model, fine-tune it, and measure it before an
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup  ## every test that is quick and needs no GPU
-	$(BIN)/python -m pytest tests -m "not parity and not slow and not gpu"
+	$(BIN)/python -m pytest tests -m "not parity and not grid and not slow and not gpu"
 
 parity: setup  ## every layout against one rank, the default ones included
-	$(BIN)/python -m pytest tests/parity -m "not gpu"
+	$(BIN)/python -m pytest tests/parity -m "not gpu and not grid"
+
+grid: setup  ## every recipe x architecture x layout (hours); writes docs/reference/layouts.md
+	rm -f .grid.jsonl
+	MCORE_GRID=$(CURDIR)/.grid.jsonl $(BIN)/python -m pytest tests/parity/test_grid.py
+	$(BIN)/python tests/parity/grid_table.py .grid.jsonl docs/reference/layouts.md
 
 slow: setup  ## real models, the quickstart, training killed and resumed
 	$(BIN)/python -m pytest tests -m slow --timeout 1800
