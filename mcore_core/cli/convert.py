@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from mcore_core.errors import usage_error
 
 if TYPE_CHECKING:
     from mcore_core.cli.prepared import PreparedExport
+    from mcore_core.model.build import ModelPlan
+    from mcore_core.platform.base import Platform
     from mcore_core.train.plan import ModelSource
 
 
@@ -44,13 +47,53 @@ def convert(prepared: "PreparedExport") -> None:
     else:
         _save_state(prepared, source, chunks, target)
     _say(f"wrote {target}")
+    if config[ExportConfig].test_convert_precision:
+        if config[ExportConfig].to_mcore:
+            _reload(prepared, source, chunks, target)
+        folder = target if config[ExportConfig].to_hf else source.path
+        _test_precision(prepared, chunks, plan, folder, platform)
     shut_down()
+
+
+def _reload(
+    prepared: "PreparedExport", source: "ModelSource", chunks: list[Any], target: Path
+) -> None:
+    """Forget the weights and read them back from what was written."""
+    import torch  # noqa: PLC0415
+
+    with torch.no_grad():
+        for chunk in chunks:
+            for weight in chunk.parameters():
+                weight.fill_(float("nan"))
+    _load(replace(prepared, config=prepared.config.replace(load=str(target))), source, chunks, None)
+
+
+def _test_precision(
+    prepared: "PreparedExport",
+    chunks: list[Any],
+    plan: "ModelPlan",
+    folder: Path,
+    platform: "Platform",
+) -> None:
+    """Compare with transformers and print the table. Raises RunFailure where they differ."""
+    from mcore_core.train import precision  # noqa: PLC0415  (megatron)
+
+    options = prepared.config[ExportConfig]
+    report = precision.measure(
+        chunks,
+        plan,
+        folder,
+        platform.device(),
+        dtype=options.test_convert_dtype,
+        device_map=options.device_map,
+    )
+    _say(report.table())
+    sys.stdout.flush()
+    precision.require(report)
 
 
 def _with_model(prepared: "PreparedExport") -> "PreparedExport":
     """Take the model's config from the checkpoint where `--model` was not given."""
-    import dataclasses  # noqa: PLC0415
-
     from mcore_core.checkpoint import folders  # noqa: PLC0415
 
     config = prepared.config
@@ -63,7 +106,7 @@ def _with_model(prepared: "PreparedExport") -> "PreparedExport":
             f"{checkpoint.path} has no config.json: it was saved with --save_safetensors false",
             "fix: --model with the model that the run was started from",
         )
-    return dataclasses.replace(prepared, config=config.replace(model=str(checkpoint.path)))
+    return replace(prepared, config=config.replace(model=str(checkpoint.path)))
 
 
 def _load(

@@ -18,9 +18,12 @@ from mcore_core.errors import Problem, UsageError
 
 USAGE = """\
 usage: mcore export --to_hf --load RUN --save DIR [--option value ...]
+       mcore export --to_hf --model DIR --save DIR [--option value ...]
        mcore export --to_mcore --model DIR --save DIR [--option value ...]
 
-Convert the weights of a checkpoint to safetensors that transformers opens, or the other way.
+Convert the weights of a checkpoint to safetensors that transformers opens, or the other way. From
+--model, --to_hf is a round trip through megatron-core. --test_convert_precision compares the result
+with transformers, layer by layer.
 
 """
 
@@ -73,11 +76,25 @@ def _check(config: RunConfig) -> Iterator[Problem]:
             ["fix: --to_hf --load RUN --save DIR, or --to_mcore --model DIR --save DIR"],
         )
         return
-    needed = ("load", "save") if export.to_hf else ("model", "save")
-    for name in needed:
-        if config.get(name) is None:
-            way = "--to_hf" if export.to_hf else "--to_mcore"
-            yield Problem("MC323", f"{way} needs --{name}", [f"fix: --{name} FOLDER"])
+    way = "--to_hf" if export.to_hf else "--to_mcore"
+    sources = ("load", "model") if export.to_hf else ("model",)
+    if all(config.get(name) is None for name in sources):
+        either = " or ".join(f"--{name}" for name in sources)
+        yield Problem("MC323", f"{way} needs {either}", [f"fix: --{sources[0]} FOLDER"])
+    if config.get("save") is None:
+        yield Problem("MC323", f"{way} needs --save", ["fix: --save FOLDER"])
+    if export.to_mcore and config.get("load") is not None:
+        yield Problem(
+            "MC320",
+            "--to_mcore converts the weights of --model, and --load is given too",
+            ["fix: leave out --load"],
+        )
+    if export.to_mcore and config.changed("max_shard_size"):
+        yield Problem(
+            "MC321",
+            "--max_shard_size does nothing with --to_mcore",
+            ["fix: leave it out"],
+        )
     for name in ("test_convert_dtype", "device_map"):
         if config.changed(name) and not export.test_convert_precision:
             yield Problem(

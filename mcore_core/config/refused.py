@@ -72,10 +72,6 @@ REFUSED: Mapping[str, Refusal] = {
         _any,
         "there is nothing to move: weights are converted one bucket at a time",
     ),
-    "test_convert_precision": (
-        _any,
-        "export does not compare with transformers yet; a round trip gives the same bits back",
-    ),
     "auto_detect_ckpt_format": (_any, "there is one format, torch_dist"),
     "use_hf": (_any, "models come from a folder or from Hugging Face; no other hub is built in"),
 }

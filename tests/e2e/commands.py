@@ -96,12 +96,19 @@ class Commands:
         """Run a command to its end."""
         return self.start(argv, env=env, before=before).wait(timeout)
 
-    def ranks(self, world, *argv, env=None, timeout=120):
-        """Run a command as `world` ranks, as under an outer torchrun; return rank 0's end."""
+    def ranks(self, world, *argv, env=None, timeout=120, each=None):
+        """Run a command as `world` ranks, as under an outer torchrun; return rank 0's end.
+
+        `each` is called in every rank.
+        """
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         shared["MASTER_PORT"] = str(free_port())
         children = [
-            self.start(argv, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {})})
+            self.start(
+                argv,
+                env={**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {})},
+                before=each,
+            )
             for r in range(world)
         ]
         ends = [child.wait(timeout) for child in children]

@@ -201,7 +201,7 @@ def test_parse_problems(argv: list[str], text: str) -> None:
         ),
         (
             ["export", "--to_hf", "--save", "x", "--test_convert_dtype", "float16"],
-            "error[MC323]: --to_hf needs --load\n  fix: --load FOLDER\n"
+            "error[MC323]: --to_hf needs --load or --model\n  fix: --load FOLDER\n"
             "error[MC321]: --test_convert_dtype does nothing without --test_convert_precision\n"
             "  fix: add --test_convert_precision, or leave out --test_convert_dtype\n",
         ),
