@@ -13,12 +13,12 @@ class ExportConfig(ConfigGroup):
     to_mcore: bool = False
     """Convert the HF weights of model into a megatron-core checkpoint in save."""
     to_hf: bool = False
-    """Convert the checkpoint in load into HF safetensors in save. Without load: the weights of model, a
-    round trip."""
+    """Convert the checkpoint in load into HF safetensors in save. Without load it is a round trip
+    of model's weights."""
     exist_ok: bool = False
     """Write into save even if it exists."""
     test_convert_precision: bool = False
-    """Compare the converted model with transformers': hidden states layer by layer, logits, top-1."""
+    """Compare the converted model with transformers': each layer's states, logits, top-1."""
     test_convert_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number type of that comparison."""
     device_map: dict[str, str | int] | None = None

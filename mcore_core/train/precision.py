@@ -40,7 +40,7 @@ type Found = dict[str, Tensor]
 """Name of a place in the model -> what came out there, [T, H] or, for the logits, [T, V]."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
     """What one rank holds of the test row."""
 
@@ -149,10 +149,13 @@ def _transformers(
     from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import)
     from transformers.utils import logging  # noqa: PLC0415
 
-    logging.disable_progress_bar()
+    quiet: Any = logging
+    quiet.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], device_map=device_map
-    ).eval()
+    )
+    model.eval()
+    tokens_T: Any = batch.tokens_T
     where = model.get_input_embeddings().weight.device
     found: dict[str, list[Tensor]] = {}
     layers = _decoder_layers(model)
@@ -162,12 +165,12 @@ def _transformers(
         found.setdefault(name, []).append(tensor[0].float().cpu())
 
     with torch.no_grad(), _watching(layers, keep), _watching_input(model, keep):
-        for tokens in batch.tokens_T.split(list(batch.lengths)):
+        for tokens in tokens_T.split(list(batch.lengths)):
             keep(LOGITS, model(tokens.unsqueeze(0).to(where), use_cache=False).logits)
     return type(model).__name__, {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _decoder_layers(model: Any) -> Sequence[Any]:  # noqa: ANN401
+def _decoder_layers(model: Any) -> Any:  # noqa: ANN401
     """Return the decoder layers of a model of transformers."""
     for module in (model.base_model, *model.modules()):
         if isinstance(layers := getattr(module, "layers", None), torch.nn.ModuleList):
@@ -279,8 +282,8 @@ def _forward(
             hidden = gather_from_sequence_parallel_region(hidden, False)
         vocab = vocab_range(plan)
         logits = hidden.squeeze(1) @ bare.head_weight()[: vocab.rows].T
-        object.__setattr__(part, "logits_TV", logits.float().cpu())
-        object.__setattr__(part, "vocab_start", vocab.start)
+        part.logits_TV = logits.float().cpu()
+        part.vocab_start = vocab.start
         return hidden.new_zeros(()).float(), torch.ones((), dtype=torch.int), {}
 
     return hidden, finish
@@ -315,7 +318,7 @@ def require(report: PrecisionReport) -> None:
     raise RunFailure(
         "MC808",
         f"the converted model differs from transformers' {report.model}, "
-        f"first at the {report.first_over}",
+        f"first at {report.first_over}",
         f"relative difference there {report.row(report.first_over).relative:.1e}, "
         f"tolerance in {report.dtype} {report.tolerance:.0e}",
         advice,

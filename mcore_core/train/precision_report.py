@@ -76,7 +76,7 @@ class PrecisionReport:
         verdict = (
             f"every place is within {self.tolerance:.0e} of the reference"
             if self.first_over is None
-            else f"from the {self.first_over} on the models differ by more than {self.tolerance:.0e}"
+            else f"from {self.first_over} on they differ by more than {self.tolerance:.0e}"
         )
         lines += [
             f"  logits: largest difference {logits.largest:.2e}, mean {logits.mean:.2e}, "

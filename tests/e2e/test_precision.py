@@ -126,7 +126,7 @@ def test_damage_is_found_across_stages(mcore, model, tmp_path):
         "--test_convert_precision", "--save", tmp_path / "out", each=damage_written,
     )  # fmt: skip
     assert ran.code == 1, ran.err
-    assert "first at the layer 3" in ran.err
+    assert "first at layer 3" in ran.err
 
 
 @pytest.mark.parametrize(("compared", "over"), [("float32", 1e-5), ("bfloat16", 8e-2)])
