@@ -1,0 +1,1 @@
+"""Generating completions: options, conversations of several turns, engines."""
