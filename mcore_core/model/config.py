@@ -23,6 +23,11 @@ class DecoderConfig(TransformerConfig):  # type: ignore[misc]
     rope: "Rope | None" = field(default=None, repr=False)
     window_rope: "Rope | None" = field(default=None, repr=False)
     """The rotary table of windowed layers where it differs."""
+    dispatcher: Any = field(default=None, repr=False)
+    """The class that takes tokens to experts."""
+    balance: str = "none"
+    """What keeps experts in use alike: one of the balancing losses, sinkhorn or none."""
+    balance_coeff: float = 0.0
     aux_loss_scale: float = 1.0
     """What auxiliary losses of one micro-batch are multiplied by: one over the micro-batches of the
     global batch. Set for each step."""
@@ -36,6 +41,15 @@ class DecoderConfig(TransformerConfig):  # type: ignore[misc]
     def hf_layer(self, layer_number: int) -> int:
         """Return the HF layer, from 0, of a pattern position, from 1."""
         return (layer_number - 1) // SUBLAYERS
+
+    def replayed_layer(self, layer_number: int | None) -> int | None:
+        """Return which of the decoder's layers with experts a position is; None for others."""
+        moe = self.shape.moe
+        if moe is None or layer_number is None:
+            return None
+        layer = self.hf_layer(layer_number)
+        decoder = [n for n in moe.layers if n < self.shape.num_layers]
+        return decoder.index(layer) if layer in decoder else None
 
     def window_of(self, layer: int) -> int | None:
         """Return how many earlier tokens a query of an HF layer sees; None for all."""

@@ -48,7 +48,6 @@ class Decoder(HybridModel):  # type: ignore[misc]
             attention_mask=None,
             rotary_pos_emb=None,
             packed_seq_params=row,
-            padding_mask=self._sequences(row),
         )
         if self.mtp_process and len(ahead):
             hidden = self._predict(hidden, row, ahead)
@@ -58,9 +57,9 @@ class Decoder(HybridModel):  # type: ignore[misc]
         return hidden
 
     def _predict(self, hidden: Tensor, row: PackedRow, ahead: Sequence[Tensor]) -> Tensor:
-        found, sequences = [hidden], self._sequences(row)
+        found = [hidden]
         for layer, later_T in zip(self.mtp.layers, ahead, strict=True):
-            found.append(layer(found[-1], self.embed(later_T), row, sequences))
+            found.append(layer(found[-1], self.embed(later_T), row))
         return torch.cat(found)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
@@ -71,16 +70,6 @@ class Decoder(HybridModel):  # type: ignore[misc]
             # rounded to the model's precision, as checkpoints were trained with
             hidden = hidden * torch.tensor(scale, dtype=hidden.dtype, device=hidden.device)
         return hidden
-
-    def _sequences(self, row: PackedRow) -> Tensor | None:
-        """Return what experts want to know: the sequence of each token in the layers, [1, T]."""
-        if self.config.shape.moe is None or row.sequence_T is None:
-            return None
-        sequence_T = row.sequence_T
-        if self.config.sequence_parallel:
-            group = self.pg_collection.tp
-            sequence_T = sequence_T.chunk(group.size())[group.rank()]
-        return sequence_T.unsqueeze(0)
 
     def head_weight(self) -> Tensor:
         """Return this rank's rows of the output weight [V / tp, H]."""

@@ -47,6 +47,12 @@ class Layer(TransformerLayer):  # type: ignore[misc]
             self.post_mlp_norm = post_mlp_norm(**sizes)
             self.mlp_bda = self._after(self.post_mlp_norm)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the layer; experts are told which row it is, also when a pass is recomputed."""
+        if hasattr(self.mlp, "router"):
+            self.mlp.row = kwargs.get("packed_seq_params")
+        return super().forward(*args, **kwargs)
+
     @staticmethod
     def _after(norm: torch.nn.Module) -> Callable[[bool, bool], Callable[..., Tensor]]:
         """Return a bias-dropout-add that norms output and bias before the residual is added."""

@@ -85,7 +85,6 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
         hidden: "Tensor",
         embedded: "Tensor",
         row: "PackedRow",
-        sequences: "Tensor | None",
     ) -> "Tensor":
         """Return the hidden states that predict one token further, [T, 1, H].
 
@@ -93,7 +92,6 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
             hidden: Of the depth before, normed, [T, 1, H] (with sequence parallelism, T / tp).
             embedded: Embeddings of the tokens that the depth before predicts.
             row: The packed row.
-            sequences: As for the decoder's layers.
         """
         joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
         joined, _ = self.eh_proj(joined)
@@ -106,7 +104,6 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
             attention_mask=None,
             rotary_pos_emb=None,
             packed_seq_params=row,
-            padding_mask=sequences,
         )
         normed: Tensor = self.final_layernorm(out)
         return normed

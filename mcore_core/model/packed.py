@@ -86,6 +86,9 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
     """Position of each of this rank's tokens in its own sequence, int64."""
     sequence_T: Tensor | None = None
     """Which sequence each of this rank's tokens is of, from 1, and 0 for padding."""
+    routing_TLK: Tensor | None = None
+    """Experts that each of this rank's tokens goes to in each layer with experts, instead of those
+    that the router would choose; -1 where it chooses."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod

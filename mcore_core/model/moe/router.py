@@ -1,55 +1,31 @@
-"""The router: which experts a token goes to and with which weights, and losses that balance them.
+"""The router: which experts a token goes to, with which weights, and what keeps them balanced.
 
-Megatron's own chooses as one family does and counts padding in its auxiliary losses; here every
-family's choice is one function, and what a loss counts are the tokens of sequences.
+Megatron's own chooses as one family does, counts padding in its auxiliary losses and limits experts
+by rank; here a result is that of the row, however its tokens are divided.
 
-Shapes: T tokens of this rank, E experts, K chosen ones, S sequences of the packed row.
+Shapes: T tokens of this rank, R of the whole row, E experts, K chosen ones.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from mcore_core.model.config import DecoderConfig
+from mcore_core.model.moe.balance import by_groups, over_batch, spread, z_loss
+from mcore_core.model.moe.capacity import capacity_of, keep
+from mcore_core.model.moe.choice import chosen_by_score, scores_of, sinkhorn, weights_of
+from mcore_core.model.moe.stats import RouterStats
+from mcore_core.model.moe.tokens import RowTokens, one_sequence
 
 if TYPE_CHECKING:
     from mcore_core.model.shapes import MoEShape
 
-
-def limit_groups(choice_TE: Tensor, moe: "MoEShape") -> Tensor:
-    """Return the scores with all but the best groups of experts at minus infinity.
-
-    A group's score is its best expert's with softmax (DeepSeek-V2), the sum of its best two with
-    sigmoid (DeepSeek-V3).
-    """
-    assert moe.num_groups is not None
-    assert moe.group_topk is not None
-    grouped = choice_TE.view(*choice_TE.shape[:-1], moe.num_groups, -1)
-    best = min(1 if moe.score_function == "softmax" else 2, grouped.shape[-1])
-    scores_TG = grouped.topk(best, dim=-1).values.sum(-1)
-    kept = torch.zeros_like(scores_TG, dtype=torch.bool)
-    kept = kept.scatter(-1, scores_TG.topk(moe.group_topk, dim=-1).indices, True)
-    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
-
-
-def choose(logits_TE: Tensor, moe: "MoEShape", bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weights of the chosen experts [T, K] and their numbers [T, K]."""
-    wide = logits_TE.float()
-    scores_TE = torch.sigmoid(wide) if moe.score_function == "sigmoid" else wide.softmax(-1)
-    choice_TE = scores_TE.detach()
-    if bias_E is not None:
-        choice_TE = choice_TE + bias_E.float()
-    if moe.group_topk is not None and moe.num_groups is not None:
-        choice_TE = limit_groups(choice_TE, moe)
-    chosen_TK = choice_TE.topk(moe.topk, dim=-1).indices
-    weights_TK = scores_TE.gather(-1, chosen_TK)
-    if not moe.pre_softmax and (moe.topk > 1 or moe.score_function == "softmax"):
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return weights_TK * moe.scaling_factor, chosen_TK
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -66,87 +42,146 @@ class Router(TopKRouter):  # type: ignore[misc]
             )
             bias.sequence_parallel = config.sequence_parallel
             self.bias = bias
+        self.stats = RouterStats(moe.num_experts)
+        self.chosen_TK: Tensor | None = None
+        """What the last forward pass chose, where someone asked for it."""
+        self.keep_choice = False
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002  (megatron's name)
+        """Return the logits [T, 1, E], in the router's precision."""
+        weight, bias = self.weight, self.bias
+        if self.tp_group.size() > 1 and not self.config.sequence_parallel:
+            # the layer divided tokens over these ranks: each has a part of the gradient
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+            if bias is not None:
+                bias = copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
+        dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
+        logits: Tensor = router_gating_linear(input, weight, bias, dtype)
+        return logits
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (megatron's name)
+        tokens: RowTokens | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the weights [T, E], zero for experts not chosen, and which are chosen [T, E].
 
         Args:
-            logits: [T, 1, E].
-            padding_mask: The sequence of each token, from 1, and 0 for padding: [T, 1]. None: one
-                sequence.
+            input: [T, 1, H].
+            tokens: What they are; None: one sequence.
         """
-        logits_TE = logits.view(-1, self.moe.num_experts)
-        if padding_mask is None:
-            sequence_T = torch.ones(len(logits_TE), dtype=torch.long, device=logits_TE.device)
-        else:
-            sequence_T = padding_mask.reshape(-1)
-        real_T1 = (sequence_T > 0).unsqueeze(-1)
-        weights_TK, chosen_TK = choose(logits_TE, self.moe, self.expert_bias)
+        self._maintain_float32_expert_bias()
+        logits_TE = self.gating(input).view(-1, self.moe.num_experts)
+        return self.route(logits_TE, tokens or one_sequence(len(logits_TE), logits_TE.device))
+
+    def route(self, logits_TE: Tensor, tokens: RowTokens) -> tuple[Tensor, Tensor]:
+        """Return the weights [T, E] and which experts are chosen [T, E]."""
+        learns = self.training and torch.is_grad_enabled()
+        scores_TE = scores_of(logits_TE, self.moe)
+        chosen_TK = self._choose(logits_TE, scores_TE, tokens)
+        if self.keep_choice:
+            self.chosen_TK = chosen_TK
+        weights_TK = weights_of(scores_TE, chosen_TK, self.moe)
         empty = torch.zeros_like(logits_TE)
         probs = empty.scatter(-1, chosen_TK, weights_TK.to(logits_TE.dtype))
         routed = empty.bool().scatter(-1, chosen_TK, True)
-        if self.training and torch.is_grad_enabled():
-            for loss in self._auxiliary(logits_TE, sequence_T, real_T1):
-                probs = MoEAuxLossAutoScaler.apply(probs, loss * self.config.aux_loss_scale)
-            if self.enable_expert_bias:
-                with torch.no_grad():
-                    self.local_tokens_per_expert += (routed & real_T1).sum(0)
-        return probs, routed
+        kept = self._within_capacity(probs, routed, tokens)
+        if self.stats.counting or learns:
+            found = spread(logits_TE, tokens, self.moe)
+            if self.stats.counting:
+                self.stats.count_batch(found.routed_TE)
+            if learns:
+                demanded = routed & tokens.real_T1
+                self.stats.add(scores_TE, demanded, kept, tokens.real_T1)
+                for loss in self._auxiliary(logits_TE, tokens):
+                    probs = MoEAuxLossAutoScaler.apply(probs, loss)
+                if self.enable_expert_bias:
+                    with torch.no_grad():
+                        self.local_tokens_per_expert += demanded.sum(0)
+        return (probs if kept is routed else probs * kept), kept
 
-    def _auxiliary(self, logits_TE: Tensor, sequence_T: Tensor, real_T1: Tensor) -> list[Tensor]:
-        """Return this rank's share of each auxiliary loss of the micro-batch."""
-        found = []
-        if self.is_aux_loss_enabled():
-            wide = logits_TE.float()
-            if self.moe.score_function == "sigmoid":
-                scores_TE = torch.sigmoid(wide)
-                scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-            else:
-                scores_TE = wide.softmax(-1)
-            top = scores_TE.topk(self.moe.topk, dim=-1).indices
-            routed = torch.zeros_like(scores_TE).scatter(-1, top, 1.0) * real_T1
-            scores_TE = scores_TE * real_T1
-            by_sequence = self.get_aux_loss_coeff("seq_aux_loss")
-            if by_sequence > 0:
-                found.append(by_sequence * self._balance(scores_TE, routed, sequence_T))
-            by_row = self.get_aux_loss_coeff("aux_loss")
-            if by_row > 0:
-                one_T = real_T1.squeeze(-1).long()
-                found.append(by_row * self._balance(scores_TE, routed, one_T))
-        if self.config.moe_z_loss_coeff:
-            squares = torch.logsumexp(logits_TE.float(), -1).square() * real_T1.squeeze(-1)
-            tokens = self._sum(real_T1.sum().float()).clamp(min=1)
-            found.append(self.config.moe_z_loss_coeff * squares.sum() / tokens)
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, tokens: RowTokens) -> Tensor:
+        if self.config.balance == "sinkhorn" and self.training:
+            chosen_TK = self._by_sinkhorn(logits_TE, tokens)
+        else:
+            chosen_TK = chosen_by_score(scores_TE, self.moe, self.expert_bias)
+        if tokens.replay_TK is not None:
+            given_TK = tokens.replay_TK
+            chosen_TK = torch.where((given_TK >= 0).all(-1, keepdim=True), given_TK, chosen_TK)
+        return chosen_TK
+
+    @torch.no_grad()
+    def _by_sinkhorn(self, logits_TE: Tensor, tokens: RowTokens) -> Tensor:
+        """Return the experts of the balanced assignment of the row's tokens, [T, K]."""
+        row, mine = self._whole_row(logits_TE.detach())
+        sequence_R, _ = self._whole_row(tokens.sequence_T)
+        order_R, _ = self._whole_row(tokens.order_T)
+        index = order_R.masked_fill(sequence_R == 0, torch.iinfo(torch.long).max).argsort()
+        real = index[: int((sequence_R > 0).sum())]
+        chosen_RK = row.topk(self.moe.topk, -1).indices  # padding's
+        if len(real):
+            chosen_RK[real] = sinkhorn(row[real]).topk(self.moe.topk, -1).indices
+        return chosen_RK[mine]
+
+    @torch.no_grad()
+    def _within_capacity(self, probs: Tensor, routed: Tensor, tokens: RowTokens) -> Tensor:
+        """Return which choices are kept; padding goes nowhere where experts are limited."""
+        factor = self.config.moe_expert_capacity_factor
+        if factor is None:
+            return routed
+        whole, mine = self._whole_row(probs.detach())
+        routed_RE, _ = self._whole_row(routed)
+        sequence_R, _ = self._whole_row(tokens.sequence_T)
+        order_R, _ = self._whole_row(tokens.order_T)
+        real = (sequence_R > 0).nonzero().squeeze(-1)
+        kept = torch.zeros_like(routed_RE)
+        kept[real] = keep(
+            whole[real],
+            routed_RE[real],
+            order_R[real],
+            capacity=capacity_of(
+                len(real), topk=self.moe.topk, experts=self.moe.num_experts, factor=factor
+            ),
+            policy=self.config.moe_token_drop_policy,
+        )
+        return kept[mine]
+
+    def _whole_row(self, values_T: Tensor) -> tuple[Tensor, slice]:
+        """Return the values of all ranks that share the row, and where this rank's are."""
+        ranks, own = self.tp_cp_group.size(), len(values_T)
+        if ranks == 1:
+            return values_T, slice(0, own)
+        plain = values_T.to(torch.uint8) if values_T.dtype is torch.bool else values_T
+        parts = [torch.empty_like(plain) for _ in range(ranks)]
+        dist.all_gather(parts, plain.contiguous(), group=self.tp_cp_group)
+        first = self.tp_cp_group.rank() * own
+        return torch.cat(parts).to(values_T.dtype), slice(first, first + own)
+
+    def _auxiliary(self, logits_TE: Tensor, tokens: RowTokens) -> list[Tensor]:
+        """Return this rank's share of each auxiliary loss, times its weight in the step's loss."""
+        found, config, ranks = [], self.config, self.tp_cp_group
+        weights = {config.balance: config.balance_coeff, "z_loss": config.moe_z_loss_coeff or 0.0}
+        for name, weight in weights.items():
+            if weight == 0 or name in ("none", "sinkhorn"):
+                continue
+            share = self._loss(name, logits_TE, tokens, ranks)
+            # means over micro-batches, but for the loss that is over the batch already
+            scale = 1.0 if name == "global_aux_loss" else config.aux_loss_scale
+            self.stats.add_loss(name, share.detach() * scale)
+            found.append(weight * scale * share)
         return found
 
-    def _sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks that share a row, outside of the gradient."""
-        values = values.detach().clone()
-        if self.tp_cp_group.size() > 1:
-            dist.all_reduce(values, group=self.tp_cp_group)
-        return values
-
-    def _balance(self, scores_TE: Tensor, routed_TE: Tensor, group_T: Tensor) -> Tensor:
-        """Return this rank's share of E sum(f_e P_e), averaged over the groups of tokens.
-
-        Args:
-            scores_TE: Probabilities, zero for padding.
-            routed_TE: 1 where a token goes, zero for padding.
-            group_T: Which group (a sequence, or the row) a token is of, from 1; 0 for padding.
-        """
-        size = torch.zeros((), dtype=torch.long, device=group_T.device)
-        size = torch.maximum(size, group_T.max()) if len(group_T) else size
-        if self.tp_cp_group.size() > 1:
-            dist.all_reduce(size, op=dist.ReduceOp.MAX, group=self.tp_cp_group)
-        count = int(size) + 1
-        experts, topk = self.moe.num_experts, self.moe.topk
-
-        def per_group(values: Tensor) -> Tensor:
-            empty = values.new_zeros(count, *values.shape[1:])
-            return empty.index_add(0, group_T, values)
-
-        tokens_S1 = self._sum(per_group(torch.ones_like(scores_TE[:, :1])))
-        tokens_S1 = tokens_S1.clamp(min=1)
-        fraction_SE = self._sum(per_group(routed_TE)) / (tokens_S1 * topk)
-        mean_SE = per_group(scores_TE) / tokens_S1
-        return experts * (fraction_SE * mean_SE)[1:].sum() / max(1, count - 1)
+    def _loss(self, name: str, logits_TE: Tensor, tokens: RowTokens, ranks: Any) -> Tensor:  # noqa: ANN401
+        match name:
+            case "z_loss":
+                return z_loss(logits_TE, tokens, ranks)
+            case "aux_loss":
+                row_T = (tokens.sequence_T > 0).long()
+                found = spread(logits_TE, tokens, self.moe)
+                return by_groups(found, row_T, self.moe.topk, ranks)
+            case "seq_aux_loss":
+                found = spread(logits_TE, tokens, self.moe)
+                return by_groups(found, tokens.sequence_T, self.moe.topk, ranks)
+            case _:
+                found = spread(logits_TE, tokens, self.moe)
+                return over_batch(found, self.stats.batch_E, self.moe.topk)
