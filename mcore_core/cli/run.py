@@ -55,7 +55,7 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
     manager.keep(session.active)
     problems = [*check_options(config), *check_refused(config, refusals)]
     problems += check_layout(config, world_size(config, os.environ))
-    problems += _reporters(session, config)
+    problems += [*_reporters(session, config), *_dispatcher(session, config)]
     for found in manager.hook.mcore_validate_config(config=config):
         problems += found
     if problems:
@@ -90,6 +90,17 @@ def _reporters(session: Session, config: RunConfig) -> list[Problem]:
         except UsageError as error:
             problems += error.problems
     return problems
+
+
+def _dispatcher(session: Session, config: RunConfig) -> list[Problem]:
+    option = "moe_token_dispatcher_type"
+    if option not in config.names or not config.changed(option):
+        return []
+    try:
+        session.manager.catalogue("mcore_dispatchers").find(config.get(option), f"--{option}")
+    except UsageError as error:
+        return list(error.problems)
+    return []
 
 
 def _recipes(session: Session) -> str:

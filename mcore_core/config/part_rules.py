@@ -32,6 +32,7 @@ def check_parts(config: RunConfig, shape: Architecture, layout: Layout) -> list[
     """Return what of the model's special parts does not fit the layout or the options."""
     return [
         *_experts(shape, layout),
+        *_expert_options(config, shape),
         *_attention(config, shape, layout),
         *_full_norms(shape, layout),
     ]
@@ -48,13 +49,6 @@ def _experts(shape: Architecture, layout: Layout) -> Iterator[Problem]:
                 ["fix: leave them out"],
             )
         return
-    if layout.tp > 1 and not layout.sp:
-        yield Problem(
-            "MC616",
-            f"experts with tensor_model_parallel_size {layout.tp} need sequence parallelism: "
-            "without it every rank would send each token to its experts",
-            ["fix: --sequence_parallel true"],
-        )
     for name, what, size, ranks in (
         ("expert_model_parallel_size", "experts in a layer", moe.num_experts, layout.ep),
         ("expert_tensor_parallel_size", "columns in an expert", moe.ffn_hidden_size, layout.etp),
@@ -79,6 +73,58 @@ def _experts(shape: Architecture, layout: Layout) -> Iterator[Problem]:
             "the model's experts have biases, which expert_tensor_parallel_size "
             f"{layout.etp} cannot share beside tensor_model_parallel_size {layout.tp}",
             [f"fix: --expert_tensor_parallel_size 1 or {layout.tp}"],
+        )
+
+
+_FOR_EXPERTS = (
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_expert_capacity_factor",
+    "moe_shared_expert_overlap",
+    "moe_permute_fusion",
+)
+"""Options that a model without experts would ignore."""
+
+
+def _expert_options(config: RunConfig, shape: Architecture) -> Iterator[Problem]:
+    given = {n for n in _FOR_EXPERTS if n in config.names and config.changed(n)}
+    moe = shape.moe
+    if moe is None:
+        if given:
+            names = " and ".join(f"--{n}" for n in sorted(given))
+            yield Problem(
+                "MC615", f"{names}: the model has no experts", ["fix: leave these options out"]
+            )
+        return
+    if "moe_router_bias_update_rate" in given and not moe.expert_bias:
+        yield Problem(
+            "MC315",
+            "--moe_router_bias_update_rate moves a bias that the model's routers do not have",
+            ["fix: --moe_router_enable_expert_bias true, or leave it out"],
+        )
+    if "moe_shared_expert_overlap" in given:
+        if moe.shared_ffn_hidden_size is None:
+            yield Problem(
+                "MC315",
+                "--moe_shared_expert_overlap: the model has no shared expert",
+                ["fix: leave it out"],
+            )
+        elif shape.activation_clamp is not None or shape.activation == "gpt_oss":
+            yield Problem(
+                "MC315",
+                "--moe_shared_expert_overlap: megatron-core's overlapped path leaves out the clamp "
+                "of the model's activation",
+                ["fix: leave it out"],
+            )
+    kind = config.get("moe_router_load_balancing_type") if given else None
+    if kind == "sinkhorn" and (moe.expert_bias or moe.num_groups is not None):
+        yield Problem(
+            "MC315",
+            "--moe_router_load_balancing_type sinkhorn assigns experts by itself, and the model's "
+            "routers choose " + ("with a bias" if moe.expert_bias else "within groups"),
+            ["fix: aux_loss, seq_aux_loss, global_aux_loss or none"],
         )
 
 

@@ -60,6 +60,8 @@ class ModelPlan:
     """Longest sequence of the run; fixes rope types that depend on it."""
     padded_vocab: int | None = None
     """None: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+    dispatcher: Any = None
+    """The class that takes tokens to experts; None: all-to-all."""
     row_multiple: int = 1
     """What packed rows are padded to beyond what the layout needs (FP8 kernels want 16 tokens)."""
 
@@ -150,7 +152,7 @@ def decoder_config(
         "fp16": plan.dtype is torch.float16,
         # packed rows of unequal length over pipeline stages
         "variable_seq_lengths": layout.pp > 1,
-        **expert_fields(shape, config),
+        **expert_fields(shape, config, _dispatcher(plan)),
         "mtp_num_layers": shape.mtp_layers or None,
         "mtp_loss_scaling_factor": config[MTPConfig].mtp_loss_scaling_factor,
         **_linear_attention(shape),
@@ -193,6 +195,14 @@ def decoder_config(
         **(train.megatron_extra_kwargs or {}),
     }
     return DecoderConfig(**{k: v for k, v in values.items() if v is not None or k == "rope"})
+
+
+def _dispatcher(plan: ModelPlan) -> Any:  # noqa: ANN401
+    if plan.dispatcher is not None or plan.architecture.moe is None:
+        return plan.dispatcher
+    from mcore_core.model.moe.dispatchers import AllToAll  # noqa: PLC0415  (with experts only)
+
+    return AllToAll
 
 
 def _offset(shape: "Architecture", config: "RunConfig") -> float:

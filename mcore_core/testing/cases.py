@@ -16,7 +16,9 @@ from mcore_core.checkpoint.state import Trainable, gather_weights
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.kernel import kernel_config
 from mcore_core.config.train import TrainConfig
+from mcore_core.manager import PluginManager
 from mcore_core.model.build import DTYPES, ModelPlan
+from mcore_core.model.moe.find import find_dispatcher
 from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
@@ -58,6 +60,8 @@ class Case:
     groups: "tuple[type[ConfigGroup], ...]" = ()
     """Option groups of the recipe's plugin."""
     dtype: str = "float32"
+    dispatcher: Any = None
+    """The class that takes tokens to experts; None: as the options say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +187,15 @@ def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:
         stage_layers=layers_per_stage(case.architecture.num_layers, split),
         dtype=DTYPES[case.dtype],
         transformer_engine=False,
+        dispatcher=case.dispatcher or _dispatcher(config),
     )
+
+
+def _dispatcher(config: "RunConfig") -> Any:  # noqa: ANN401
+    """Return the dispatcher that the options name, of an installed plugin."""
+    manager = PluginManager()
+    manager.load_installed()
+    return find_dispatcher(config, manager.catalogue("mcore_dispatchers"))
 
 
 def run_case(

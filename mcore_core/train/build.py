@@ -27,7 +27,12 @@ FP8_TOKENS = 32
 
 
 def model_plan(
-    source: ModelSource, config: "RunConfig", platform: "Platform", *, max_length: int | None
+    source: ModelSource,
+    config: "RunConfig",
+    platform: "Platform",
+    *,
+    max_length: int | None,
+    dispatcher: Any = None,  # noqa: ANN401
 ) -> ModelPlan:
     """Return what is to be built."""
     return ModelPlan(
@@ -37,6 +42,7 @@ def model_plan(
         dtype=DTYPES[config[PrecisionConfig].dtype(source.architecture.dtype)],
         transformer_engine=uses_engine(config, platform),
         max_length=max_length,
+        dispatcher=dispatcher,
         padded_vocab=_padded_vocab(config, source),
         row_multiple=FP8_TOKENS * source.layout.cp * source.layout.tp
         if config[FP8Config].fp8_format

@@ -64,6 +64,8 @@ class ForwardStep:
         """How many tokens further the model is trained to predict."""
         self.ahead_scales: Tensor | None = None
         """What the loss of each depth is multiplied by; None: those layers do not run."""
+        self.only_hidden = False
+        """Leave head and loss out: the pass is for what happens in the layers."""
 
     def __call__(
         self,
@@ -89,6 +91,9 @@ class ForwardStep:
         chunk: Any,  # noqa: ANN401
         hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Shares]:
+        one = torch.ones((), dtype=torch.int, device=hidden.device)
+        if self.only_hidden:
+            return hidden.new_zeros((), dtype=torch.float32), one, {}
         deeper: tuple[Tensor, ...] = ()
         if self._ahead(chunk):
             hidden, *rest = hidden.chunk(1 + self.depths)
@@ -105,7 +110,6 @@ class ForwardStep:
             sums = [torch.stack([getattr(n, k).detach() for n in losses]).sum() for k in _SHARE]
             shares["mtp_loss"] = (sums[0], sums[1])
         # megatron is told one token: it neither divides nor scales by its own count
-        one = torch.ones((), dtype=torch.int, device=hidden.device)
         return total.float(), one, shares
 
     def _ahead(self, chunk: Any) -> bool:  # noqa: ANN401

@@ -27,6 +27,7 @@ from mcore_core.data.pipeline import DataBundle, build_data
 from mcore_core.data.template import Template
 from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.installed import package_of
+from mcore_core.model.moe.find import find_dispatcher
 from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
 from mcore_core.train import folders
@@ -113,7 +114,13 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     run.steps_per_epoch = data.train.steps_per_epoch
     run.train_iters = _train_iters(config, data)
     on_cpu = platform.name == "cpu"
-    plan = model_plan(source, config, platform, max_length=template.max_length)
+    plan = model_plan(
+        source,
+        config,
+        platform,
+        max_length=template.max_length,
+        dispatcher=find_dispatcher(config, prepared.manager.catalogue("mcore_dispatchers")),
+    )
     reads = _takes_safetensors(config, resume)
     filled = reads or resume is not None
     bare = build_model(

@@ -12,6 +12,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_core.failure import RunFailure
+from mcore_core.model.moe.stats import ExpertReport
+from mcore_core.parallel.randomness import same_randomness
 from mcore_core.parallel.reduce import sum_over_data, sum_shares
 from mcore_core.protocols import StepResult, Unit
 from mcore_core.train.forward import ForwardStep, Shares
@@ -58,6 +60,7 @@ class Stepper:
         self.schedule_function = get_forward_backward_func()
         self.timers = Timers()
         self.config = self.chunks[0].config
+        self.experts = ExpertReport(self.chunks, device)
         self.config.finalize_model_grads_func = _finalize
         if optimizer is not None:
             self.config.grad_scale_func = optimizer.scale_loss
@@ -116,6 +119,9 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.experts.begin()
+        if self.experts.counts_batch:
+            self._count_choices(placed)
         self.timers.place = time.perf_counter() - begin
         shares = self._run(placed, forward_only=False)
         totals = self._totals(shares, placed)
@@ -141,13 +147,15 @@ class Stepper:
         self.timers.optimizer = (
             time.perf_counter() - begin - self.timers.place - self.timers.forward_backward
         )
+        metrics, tables = self.experts.finish()
         return StepResult(
             loss=loss,
             grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
             lr=float(lr),
             tokens=int(totals["tokens"][0]),
             seconds=time.perf_counter() - begin,
-            metrics={**_means(totals), "squares": totals["squares"][0]},
+            metrics={**_means(totals), **metrics, "squares": totals["squares"][0]},
+            tables=tables,
         )
 
     def evaluate(self, batches: Iterator[Sequence[list[Unit]]]) -> dict[str, float]:
@@ -199,6 +207,15 @@ class Stepper:
             forward_only=forward_only,
         )
         return shares
+
+    def _count_choices(self, placed: list[Placed]) -> None:
+        """Pass over the batch without gradients, so that routers know what all of it chooses."""
+        self.experts.start_counting()
+        self.forward.only_hidden = True
+        with same_randomness(), torch.no_grad():
+            self._run(placed, forward_only=True)
+        self.forward.only_hidden = False
+        self.experts.stop_counting()
 
     def _totals(self, shares: list[Shares], placed: list[Placed]) -> dict[str, tuple[float, float]]:
         """Sum the shares of all micro-batches and ranks."""

@@ -23,19 +23,23 @@ def options(coefficient, kind, per_token):
     }
 
 
-def balance(logits_TE, sequence_T, kind, topk):
+def balance(logits_TE, sequence_T, topk, kind):
     """The textbook form in float64: experts x sum of (share of tokens x mean probability)."""
     logits = logits_TE.double().view(len(sequence_T), -1)
     scores = logits.softmax(-1)
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(topk, -1).indices, 1.0)
     groups = sorted(set(sequence_T.tolist()) - {0})
     members = [sequence_T == g for g in groups]
-    if kind == "aux_loss":
+    if kind != "seq_aux_loss":
         members = [sequence_T > 0]
     losses = [
         logits.shape[1] * (chosen[m].mean(0) / topk * scores[m].mean(0)).sum() for m in members
     ]
     return torch.stack(losses).mean()
+
+
+def _join(values):
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]
 
 
 def reference(kind):
@@ -44,20 +48,24 @@ def reference(kind):
     def one_rank(_):
         session = Session(layer_case("moe-softmax", **options(0.0, kind, True)), LAYOUTS["one"])
         seen = []
-        route = Router.routing
+        route = Router.route
 
-        def spy(self, logits, padding_mask=None):
-            seen.append((logits, padding_mask.reshape(-1), self.moe.topk))
-            return route(self, logits, padding_mask)
+        def spy(self, logits, tokens):
+            seen.append((logits, tokens.sequence_T, self.moe.topk))
+            return route(self, logits, tokens)
 
-        Router.routing = spy
+        Router.route = spy
         placed = session.stepper.place(session.micros(0))
-        total = torch.zeros((), dtype=torch.float64)
+        micros = []
         for micro in placed:
             unwrap(session.chunks[0])(micro.batch.tokens_T, micro.row)
-            losses = [balance(logits, rows, kind, topk) for logits, rows, topk in seen]
-            total = total + COEFFICIENT * torch.stack(losses).sum() / len(placed)
+            micros.append(list(seen))
             seen.clear()
+        layers = list(zip(*micros, strict=True))
+        if kind == "global_aux_loss":  # as if the batch were one row
+            layers = [[tuple(map(_join, zip(*layer, strict=True)))] for layer in layers]
+        means = [torch.stack([balance(*row, kind) for row in layer]).mean() for layer in layers]
+        total = COEFFICIENT * torch.stack(means).sum()
         weights = list(unwrap(session.chunks[0]).parameters())
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -69,7 +77,14 @@ def reference(kind):
     return assemble(fork_ranks(one_rank, 1))
 
 
-@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "aux_loss",
+        pytest.param("seq_aux_loss", marks=pytest.mark.parity),
+        "global_aux_loss",
+    ],
+)
 def test_gradient_is_that_of_the_mean_over_micro_batches(kind):
     expected = reference(kind)
     for per_token in (True, False):

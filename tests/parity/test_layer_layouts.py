@@ -91,10 +91,66 @@ def _balanced(**options):
     return run_case(layer_case("moe-groups", **options), LAYOUTS["one"])
 
 
-@pytest.mark.parametrize("layout", ["one", "ep2", "tp2-sp-ep2"])
-def test_allgather_dispatcher(layout):
-    options = {"groups": (MoEConfig,), "moe_token_dispatcher_type": "allgather"}
-    check("moe-softmax", layout, **options)
+OPTIONS = {
+    "allgather": ("moe-softmax", {"moe_token_dispatcher_type": "allgather"}),
+    "global": (
+        "moe-groups",
+        {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5},
+    ),
+    "sinkhorn": ("moe-softmax", {"moe_router_load_balancing_type": "sinkhorn"}),
+    "drop": ("moe-softmax", {"moe_expert_capacity_factor": 0.8, "moe_aux_loss_coeff": 0.5}),
+    "drop-position": (
+        "moe-softmax",
+        {
+            "moe_expert_capacity_factor": 0.8,
+            "moe_token_drop_policy": "position",
+            "moe_token_dispatcher_type": "allgather",
+        },
+    ),
+    "drop-pad": (
+        "moe-softmax",
+        {"moe_expert_capacity_factor": 0.8, "moe_pad_expert_input_to_capacity": True},
+    ),
+    "overlap": ("moe-groups", {"moe_shared_expert_overlap": True}),
+    "fp64": (
+        "moe-groups",
+        {"moe_router_dtype": "fp64", "moe_router_bias_update_rate": 0.1, "moe_z_loss_coeff": 0.1},
+    ),
+}
+EXPERT_LAYOUTS = ["tp2", "tp2-sp-ep2", "tp2-sp-ep2-etp2", "cp2-ep2", "pp2-ep2", "dp2"]
+
+
+@cache
+def _with_option(option):
+    name, options = OPTIONS[option]
+    return run_case(layer_case(name, groups=(MoEConfig,), **options), LAYOUTS["one"])
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_expert_option(option, layout):
+    if option == "overlap" and layout == "tp2":
+        pytest.skip("refused at configuration time: test_moe_options")
+    name, options = OPTIONS[option]
+    case = layer_case(name, groups=(MoEConfig,), **options)
+    assert_same(run_case(case, LAYOUTS[layout]), _with_option(option), relative=1e-5)
+
+
+@pytest.mark.parametrize("option", ["global", "sinkhorn", "drop", "drop-position"])
+def test_an_expert_option_changes_the_run(option):
+    name, _ = OPTIONS[option]
+    assert abs(_with_option(option).losses[2] - _one_rank(name).losses[2]) > 1e-5
+
+
+@pytest.mark.parametrize("option", ["allgather", "overlap"])
+def test_an_expert_option_changes_no_number(option):
+    name, _ = OPTIONS[option]
+    assert_same(_with_option(option), _one_rank(name), relative=1e-5)
+
+
+def test_padding_to_capacity_changes_no_number():
+    case = layer_case("moe-softmax", groups=(MoEConfig,), moe_expert_capacity_factor=0.8)
+    assert_same(_with_option("drop-pad"), run_case(case, LAYOUTS["one"]), relative=1e-5)
 
 
 RECOMPUTE_CASES = [
@@ -125,9 +181,7 @@ def test_distributed_optimizer():
 
 def _possible(name, layout):
     sizes, shape = LAYOUTS[layout], SHAPES[name]
-    if shape.moe is None:
-        return sizes.ep == sizes.etp == 1
-    return sizes.tp == 1 or sizes.sp
+    return shape.moe is not None or sizes.ep == sizes.etp == 1
 
 
 @pytest.mark.parity

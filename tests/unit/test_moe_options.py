@@ -70,34 +70,107 @@ def test_layout_has_the_expert_sizes():
     ("values", "text"),
     [
         (
-            {"moe_router_load_balancing_type": "sinkhorn"},
-            "--moe_router_load_balancing_type sinkhorn cannot be honoured: its result depends on "
-            "how micro-batches are spread over ranks; aux_loss and seq_aux_loss do not",
+            {"moe_token_dispatcher_type": "flex"},
+            "--moe_token_dispatcher_type flex needs DeepEP, which is not installed (no module "
+            "deep_ep)",
         ),
         (
-            {"moe_token_dispatcher_type": "allgather", "pipeline_model_parallel_size": 2},
-            "--moe_token_dispatcher_type allgather takes rows of one length, and rows between "
-            "pipeline stages have their own lengths",
+            {"moe_permute_fusion": True},
+            "--moe_permute_fusion needs Transformer Engine, which is not installed",
         ),
         (
-            {"moe_expert_capacity_factor": 1.5},
-            "--moe_expert_capacity_factor 1.5 cannot be honoured: no token is dropped here: every "
-            "expert takes all tokens that chose it",
+            {"moe_enable_deepep": True},
+            "--moe_enable_deepep is for the dispatcher flex, and this run has alltoall",
+        ),
+        (
+            {"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "allgather"},
+            "--moe_shared_expert_overlap computes the shared expert while tokens travel to single "
+            "ranks, and with allgather all travel to all",
+        ),
+        (
+            {
+                "moe_shared_expert_overlap": True,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": False,
+            },
+            "--moe_shared_expert_overlap with tensor parallelism needs each rank to hold its own "
+            "tokens",
+        ),
+        (
+            {
+                "moe_shared_expert_overlap": True,
+                "recompute_granularity": "selective",
+                "recompute_modules": ["shared_experts"],
+            },
+            "--moe_shared_expert_overlap and recomputation of shared_experts contradict each other",
+        ),
+        (
+            {"moe_token_drop_policy": "position"},
+            "--moe_token_drop_policy position means nothing without a capacity: every expert takes "
+            "all tokens that chose it",
+        ),
+        (
+            {
+                "moe_expert_capacity_factor": 1.5,
+                "moe_pad_expert_input_to_capacity": True,
+                "moe_token_dispatcher_type": "allgather",
+            },
+            "--moe_pad_expert_input_to_capacity is for the dispatcher alltoall, and this run has "
+            "allgather",
+        ),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.1},
+            "--moe_aux_loss_coeff 0.1 has no loss to weigh: --moe_router_load_balancing_type "
+            "sinkhorn",
         ),
         (
             {"moe_router_num_groups": 2, "moe_router_group_topk": 4},
             "--moe_router_group_topk 4 is above --moe_router_num_groups 2",
         ),
-        (
-            {"moe_grouped_gemm": False},
-            "--moe_grouped_gemm false cannot be honoured: the experts of a rank lie in one "
-            "parameter; where there is no grouped product (on the CPU, or not in bfloat16) they "
-            "run one by one anyway",
-        ),
     ],
 )
 def test_refused(values, text):
     assert [p.message for p in check_experts(config(**values))] == [text]
+
+
+@pytest.mark.parametrize(
+    ("shape", "values", "text"),
+    [
+        (
+            SHAPE,
+            {"moe_z_loss_coeff": 0.1, "moe_aux_loss_coeff": 0.1},
+            "--moe_aux_loss_coeff and --moe_z_loss_coeff: the model has no experts",
+        ),
+        (
+            WITH_MOE,
+            {"moe_router_bias_update_rate": 0.1},
+            "--moe_router_bias_update_rate moves a bias that the model's routers do not have",
+        ),
+        (
+            WITH_MOE,
+            {"moe_shared_expert_overlap": True},
+            "--moe_shared_expert_overlap: the model has no shared expert",
+        ),
+        (
+            dataclasses.replace(
+                SHAPE,
+                activation="gpt_oss",
+                moe=dataclasses.replace(MOE, shared_ffn_hidden_size=8),
+            ),
+            {"moe_shared_expert_overlap": True},
+            "--moe_shared_expert_overlap: megatron-core's overlapped path leaves out the clamp of "
+            "the model's activation",
+        ),
+        (
+            dataclasses.replace(SHAPE, moe=dataclasses.replace(MOE, expert_bias=True)),
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            "--moe_router_load_balancing_type sinkhorn assigns experts by itself, and the model's "
+            "routers choose with a bias",
+        ),
+    ],
+)
+def test_refused_with_the_model(shape, values, text):
+    assert messages(shape, Layout(), **values) == [text]
 
 
 def test_defaults_are_not_refused():
@@ -116,12 +189,6 @@ def messages(shape, layout, **values):
             Layout(world=2, ep=2),
             "--expert_model_parallel_size and --expert_tensor_parallel_size divide experts, and "
             "the model has none",
-        ),
-        (
-            WITH_MOE,
-            Layout(world=2, tp=2),
-            "experts with tensor_model_parallel_size 2 need sequence parallelism: without it every "
-            "rank would send each token to its experts",
         ),
         (
             WITH_MOE,

@@ -9,7 +9,7 @@ from mcore_core import compat
 
 compat.apply()
 
-from mcore_core.model.moe.router import choose, limit_groups  # noqa: E402
+from mcore_core.model.moe.choice import choose, limit_groups  # noqa: E402
 from mcore_core.model.shapes import MoEShape  # noqa: E402
 
 TOKENS, EXPERTS = 40, 8

@@ -104,3 +104,5 @@ class AllToAll(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
 
 class Flex(MoEFlexTokenDispatcher):  # type: ignore[misc]
     """Megatron's dispatcher over DeepEP's kernels; needs CUDA and the package deep_ep."""
+
+    megatron_type = "flex"

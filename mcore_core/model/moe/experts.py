@@ -16,12 +16,16 @@ from torch import Tensor
 from mcore_core.model.config import DecoderConfig
 
 
-def grouped_product(x_TI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+def grouped_product(
+    x_TI: Tensor, weight_EOI: Tensor, counts: list[int], *, grouped: bool = True
+) -> Tensor:
     """Return each token times its expert's matrix, [T, O].
+
+    `grouped` takes one product of all experts where the device has it.
 
     No shortcut for an expert without tokens: every rank runs the same collectives backward.
     """
-    if x_TI.is_cuda and x_TI.dtype is torch.bfloat16:
+    if grouped and x_TI.is_cuda and x_TI.dtype is torch.bfloat16:
         ends = torch.tensor(counts, device=x_TI.device).cumsum(0).to(torch.int32)
         product: Tensor = torch._grouped_mm(x_TI, weight_EOI.transpose(-2, -1), offs=ends)
         return product
@@ -94,7 +98,7 @@ class GroupedLinear(MegatronModule):  # type: ignore[misc]
 
     def forward(self, x_TI: Tensor, counts: list[int]) -> Tensor:
         """Return [T, O] without biases."""
-        return grouped_product(x_TI, self.weight, counts)
+        return grouped_product(x_TI, self.weight, counts, grouped=self.config.moe_grouped_gemm)
 
     def token_bias(self, counts: list[int]) -> Tensor | None:
         """Return the bias of each token's expert, [T, O]; summed over ranks it counts once."""

@@ -85,7 +85,8 @@ class PackedMoELayer(MoELayer):  # type: ignore[misc]
         out = gather_from_sequence_parallel_region(
             out, tensor_parallel_output_grad=False, group=self.tp_group
         )[: len(hidden)]
-        return out if shared is None else out + shared
+        result: Tensor = out if shared is None else out + shared
+        return result
 
     def _routed(self, hidden: Tensor, tokens: RowTokens | None, shared: Tensor | None) -> Tensor:
         probs, routed = self.router(hidden, tokens)

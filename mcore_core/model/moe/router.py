@@ -47,7 +47,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         """What the last forward pass chose, where someone asked for it."""
         self.keep_choice = False
 
-    def gating(self, input: Tensor) -> Tensor:  # noqa: A002  (megatron's name)
+    def gating(self, input: Tensor) -> Tensor:
         """Return the logits [T, 1, E], in the router's precision."""
         weight, bias = self.weight, self.bias
         if self.tp_group.size() > 1 and not self.config.sequence_parallel:
@@ -61,7 +61,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 
     def forward(
         self,
-        input: Tensor,  # noqa: A002  (megatron's name)
+        input: Tensor,
         tokens: RowTokens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the weights [T, E], zero for experts not chosen, and which are chosen [T, E].

@@ -42,18 +42,22 @@ class MoEConfig(ConfigGroup):
     moe_router_load_balancing_type: (
         Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
     ) = None
-    """How experts are kept in use alike: a loss over each micro-batch or over each sequence. none:
-    aux_loss."""
+    """How experts are kept in use alike: a loss over each micro-batch, over each sequence or over
+    the global batch (which takes a second forward pass), or an assignment that is balanced itself
+    (sinkhorn). none: aux_loss."""
     expert_model_parallel_size: int = Field(1, ge=1)
     """Ranks that share the experts of a layer."""
     expert_tensor_parallel_size: int = Field(1, ge=1)
     """Ranks that share the matrices of each expert."""
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = "alltoall"
-    """How tokens get to their experts."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] | str = (
+        "alltoall"
+    )
+    """How tokens get to their experts; plugins may add ways (hook mcore_dispatchers)."""
     moe_enable_deepep: bool = False
     """Dispatch through DeepEP."""
     moe_grouped_gemm: bool = True
-    """One grouped matrix product for all experts of a rank."""
+    """One grouped matrix product for all experts of a rank, where the device has one (CUDA,
+    bfloat16); else one expert after the other."""
     moe_permute_fusion: bool = False
     """Fuse the sorting of tokens by expert; needs Transformer Engine."""
     moe_aux_loss_coeff: float = Field(0.0, ge=0)
@@ -63,7 +67,8 @@ class MoEConfig(ConfigGroup):
     moe_shared_expert_overlap: bool = False
     """Compute the shared expert while tokens travel."""
     moe_expert_capacity_factor: float | None = Field(None, gt=0)
-    """Tokens an expert takes at most, as a multiple of an even share. none: all."""
+    """Tokens of a micro-batch that an expert takes at most, as a multiple of an even share. none:
+    all."""
     moe_pad_expert_input_to_capacity: bool = False
     """Fill each expert's tokens up to its capacity."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"

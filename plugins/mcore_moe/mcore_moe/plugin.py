@@ -24,12 +24,11 @@ class MoEPlugin(Plugin):
 
     @hookimpl
     def mcore_dispatchers(self) -> Iterable[Component[object]]:
-        """Return megatron's dispatchers that run here."""
-        module = "megatron.core.transformer.moe.token_dispatcher"
-        yield Component("alltoall", f"{module}:MoEAlltoAllTokenDispatcher", "tokens go to experts")
-        yield Component(
-            "allgather", f"{module}:MoEAllGatherTokenDispatcher", "all tokens go to all"
-        )
+        """Return the dispatchers; a rank's rows may have any length with each."""
+        module = "mcore_core.model.moe.dispatchers"
+        yield Component("alltoall", f"{module}:AllToAll", "tokens go to the ranks of their experts")
+        yield Component("allgather", f"{module}:AllGather", "all tokens go to all ranks")
+        yield Component("flex", f"{module}:Flex", "DeepEP's kernels; needs CUDA and deep_ep")
 
     @hookimpl
     def mcore_validate_config(self, config: RunConfig) -> Iterable[Problem]:
