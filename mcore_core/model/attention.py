@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from mcore_core.model.decode import attend, visible
 from mcore_core.model.packed import PackedRow, Segment
 from mcore_core.model.sinks import sink_attention
 
@@ -96,9 +97,17 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             [T, heads * value head size].
         """
         assert packed_seq_params is not None, "attention runs on packed rows"
-        row, cp = packed_seq_params, self.cp_group.size()
+        row = packed_seq_params
+        # context-parallel ranks generate each by itself
+        cp = 1 if row.kept is not None else self.cp_group.size()
         if self.rope is not None:
             query, key = self.rope.apply(query, key, row)
+        if row.kept is not None:
+            stored = row.kept.store(self.layer, key, value)
+            if row.kept.keys is not None:
+                seen = visible(row, row.kept, self.window)
+                scale, sinks = self.softmax_scale, self.softmax_offset
+                return attend(query, stored, seen, scale=scale, sinks=sinks).flatten(1)
         if cp > 1:
             size = key.shape[-1]
             both = torch.cat((key, value), dim=-1)  # one collective for both

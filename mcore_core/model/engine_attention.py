@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
+from mcore_core.model.decode import attend, visible
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +36,9 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     ) -> None:
         kwargs["softmax_scale"] = kwargs.get("softmax_scale") or config.shape.softmax_scale
         super().__init__(config, layer_number, *args, **kwargs)
-        self.rotary = config.rope_of(config.hf_layer(layer_number))
+        self.layer = config.hf_layer(layer_number)
+        self.scale = kwargs["softmax_scale"] or config.kv_channels**-0.5
+        self.rotary = config.rope_of(self.layer)
 
     def forward(
         self,
@@ -50,6 +54,12 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
         assert packed_seq_params is not None, "attention runs on packed rows"
         if self.rotary is not None:
             query, key = self.rotary.apply(query, key, packed_seq_params)
+        kept = packed_seq_params.kept
+        if kept is not None:
+            stored = kept.store(self.layer, key, value)
+            if kept.keys is not None:
+                seen = visible(packed_seq_params, kept, None)
+                return attend(query, stored, seen, scale=self.scale).flatten(1)
         out: Tensor = super().forward(
             query,
             key,

@@ -8,12 +8,15 @@ it is two, each seeing the sequence's keys up to the end of its chunk.
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mcore_core.model.decode import Kept
 
 
 class Segment(NamedTuple):
@@ -89,6 +92,8 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
     routing_TLK: Tensor | None = None
     """Experts that each of this rank's tokens goes to in each layer with experts, instead of those
     that the router would choose; -1 where it chooses."""
+    kept: "Kept | None" = None
+    """Where generation keeps what the layers compute; None in training."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod

@@ -182,12 +182,13 @@ def _linear_layer(config: "DecoderConfig", backend: Backend) -> ModuleSpec:
 
     patch_gated_delta_net()
     from megatron.core.ssm.gated_delta_net import (  # noqa: PLC0415  (after the patch)
-        GatedDeltaNet,
         GatedDeltaNetSubmodules,
     )
 
+    from mcore_core.model.delta_net import DeltaNet  # noqa: PLC0415
+
     attention = ModuleSpec(
-        module=GatedDeltaNet,
+        module=DeltaNet,
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column, out_norm=HeadNorm, out_proj=backend.row
         ),

@@ -64,13 +64,14 @@ def patch_gated_delta_net() -> None:
         beta: Tensor,
         cu_seqlens: Tensor | None = None,
         **options: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, None]:
-        """Run the rule on each sequence by itself."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the rule on each sequence by itself; return their last states too, if wanted."""
         parts = [
-            torch_rule(q[:, r], k[:, r], v[:, r], g[:, r], beta[:, r], **options)[0]
+            torch_rule(q[:, r], k[:, r], v[:, r], g[:, r], beta[:, r], **options)
             for r in _sequences(cu_seqlens)
         ]
-        return torch.cat(parts, 1), None
+        states = [state for _, state in parts if state is not None]
+        return torch.cat([out for out, _ in parts], 1), torch.cat(states) if states else None
 
     for module in (common, gdn):
         patched: Any = module

@@ -42,21 +42,28 @@ def build(folder, family, **sizes):
     from mcore_core.platform import install
 
     compat.apply()
-    from mcore_core.model.build import ModelPlan, build_chunks, decoder_config
+    from mcore_core.model.build import build_chunks, decoder_config
+
+    plan = plan_of(folder, family, **sizes)
+    initialize(install(), plan.layout)
+    config = decoder_config(plan, kernel_config(model=str(folder)), on_cpu=True)
+    return HFBridge(family, plan.architecture), build_chunks(plan, config)
+
+
+def plan_of(folder, family, **sizes):
+    """Return what is built for the model in a folder."""
+    from mcore_core.model.build import ModelPlan
 
     layout = Layout(**sizes)
-    initialize(install(), layout)
     architecture = family.architecture(read_hf_config(folder))
     each = architecture.num_layers // layout.stages
-    plan = ModelPlan(
+    return ModelPlan(
         architecture=architecture,
         layout=layout,
         stage_layers=[each] * layout.stages,
         dtype=torch.float32,
         transformer_engine=False,
     )
-    config = decoder_config(plan, kernel_config(model=str(folder)), on_cpu=True)
-    return HFBridge(family, architecture), build_chunks(plan, config)
 
 
 def forward(chunk, tokens_T):

@@ -1,0 +1,1 @@
+"""Generation with the training weights themselves: no second copy, nothing to synchronize."""

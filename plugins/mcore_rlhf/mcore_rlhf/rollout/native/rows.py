@@ -1,0 +1,68 @@
+"""Packed rows of generation: whole prompts, and one token a slot.
+
+Shapes: T tokens of the row, padding included; S prompts; N slots.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcore_core.model.decode import DecodeState, Kept
+from mcore_core.model.packed import PackedRow
+
+if TYPE_CHECKING:
+    from mcore_core.model.build import ModelPlan
+    from mcore_rlhf.rollout.native.slots import Ints
+
+
+def row_multiple(plan: "ModelPlan") -> int:
+    """Return what the tokens of a row are padded to."""
+    tokens = plan.layout.tp if plan.layout.sp else 1
+    return math.lcm(tokens, max(1, plan.row_multiple // plan.layout.cp))
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What a pass through the model reads."""
+
+    tokens_T: Tensor
+    row: PackedRow
+
+
+def prompts(
+    sequences: Sequence[Sequence[int]],
+    slots: "Ints",
+    state: DecodeState,
+    *,
+    multiple: int,
+    device: torch.device,
+) -> Input:
+    """Return the row of some prompts, to be kept in `slots`; padding is a sequence of its own."""
+    lengths = [len(s) for s in sequences]
+    total = sum(lengths)
+    padding = -total % multiple if total else multiple
+    if padding:
+        lengths.append(padding)
+    cu = np.concatenate(([0], np.cumsum(lengths)))
+    positions = np.arange(cu[-1]) - np.repeat(cu[:-1], lengths)
+    tokens = np.zeros(cu[-1], np.int64)
+    tokens[:total] = np.fromiter((t for s in sequences for t in s), np.int64, total)
+    owners = np.repeat(slots, lengths[: len(slots)])
+    ints = torch.from_numpy(np.stack((tokens, positions))).to(device, non_blocking=True)
+    row = PackedRow.build(cu.tolist(), ints[1])
+    where = torch.from_numpy(owners).to(device, non_blocking=True)
+    row.kept = Kept(state, where, ints[1, :total])
+    return Input(ints[0], row)
+
+
+def step(tokens: "Ints", positions: "Ints", state: DecodeState, device: torch.device) -> Input:
+    """Return the row of one token for each of the first slots."""
+    ints = torch.from_numpy(np.stack((tokens, positions))).to(device, non_blocking=True)
+    slots = torch.arange(len(tokens), device=device)
+    kept = Kept(state, slots, ints[1], keys=int(positions.max()) + 1)
+    return Input(ints[0], PackedRow(qkv_format="thd", positions_T=ints[1], kept=kept))
