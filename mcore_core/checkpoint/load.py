@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_core.checkpoint.folders import Checkpoint
-from mcore_core.checkpoint.state import Trainable, chunk_key, set_rng_state, sharded_state
+from mcore_core.checkpoint.state import Trainable, chunk_key, set_rng_state, sharded_state, trained
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.names import unwrap
@@ -62,7 +62,8 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
             "fix: load another checkpoint; --no_load_optim if only the optimizer is damaged",
         ) from error
     for i, chunk in enumerate(run.chunks):
-        _fill(unwrap(chunk), state[chunk_key(i, run.chunks)], checkpoint)
+        needed = trained(chunk) if run.partial else None
+        _fill(unwrap(chunk), state[chunk_key(i, run.chunks)], checkpoint, needed)
     if wants_optimizer:
         run.optimizer.load_state_dict(state["optimizer"])
     elif run.optimizer is not None:
@@ -79,9 +80,16 @@ def _cause(error: BaseException) -> str:
     return textwrap.shorten(f"{type(first).__name__}: {first}", 300, placeholder=" ...")
 
 
-def _fill(chunk: Any, weights: dict[str, Any], checkpoint: Checkpoint) -> None:  # noqa: ANN401
+def _fill(
+    chunk: Any,  # noqa: ANN401
+    weights: dict[str, Any],
+    checkpoint: Checkpoint,
+    needed: set[str] | None,
+) -> None:
     missing, unexpected = chunk.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
+    if needed is not None:
+        missing = [name for name in missing if name in needed]
     if missing or unexpected:
         raise usage_error(
             "MC705",

@@ -23,6 +23,8 @@ class Trainable:
     chunks: Sequence[Any]
     optimizer: Any
     layout: "Layout"
+    partial: bool = False
+    """Only what trains is in a checkpoint."""
 
 
 def metadata() -> dict[str, Any]:
@@ -66,8 +68,9 @@ def sharded_state(
         weights = unwrap(chunk).sharded_state_dict(metadata=meta)
         # Transformer Engine's extra state holds FP8 scales only: without it a checkpoint is the
         # same whichever implementation wrote it
+        kept = trained(chunk) if run.partial else weights.keys()
         state[chunk_key(i, run.chunks)] = {
-            k: v for k, v in weights.items() if not k.endswith("_extra_state")
+            k: v for k, v in weights.items() if k in kept and not k.endswith("_extra_state")
         }
     if optimizer and run.optimizer is not None:
         _initialize(run.optimizer)
@@ -78,6 +81,11 @@ def sharded_state(
     if rng:
         state["rng"] = _rng_object(run.layout)
     return state
+
+
+def trained(chunk: Any) -> set[str]:  # noqa: ANN401
+    """Return the names of a chunk's parameters that train."""
+    return {name for name, p in unwrap(chunk).named_parameters() if p.requires_grad}
 
 
 def _initialize(optimizer: Any) -> None:  # noqa: ANN401

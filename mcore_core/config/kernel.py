@@ -19,6 +19,7 @@ from mcore_core.config.regularization import RegularizationConfig
 from mcore_core.config.source import COMMAND_LINE, Source
 from mcore_core.config.template import TemplateConfig
 from mcore_core.config.train import TrainConfig
+from mcore_core.config.tuner import FullTunerConfig, LoraConfig, TunerConfig
 from mcore_core.config.weights import WeightsConfig
 
 KERNEL = "kernel"
@@ -42,6 +43,9 @@ KERNEL_GROUPS: tuple[type[ConfigGroup], ...] = (
     ModelConfig,
     MLAConfig,
     MTPConfig,
+    TunerConfig,
+    FullTunerConfig,
+    LoraConfig,
 )
 """In the order in which help shows them."""
 

@@ -21,6 +21,27 @@ REFUSED: Mapping[str, Refusal] = {
     "attn_impl": (_any, _VISION),
     "vit_gradient_checkpointing": (_any, _VISION),
     "gradient_checkpointing_kwargs": (_any, _VISION),
+    "freeze_llm": (
+        _any,
+        "a model here is one; freeze_parameters freezes parts of it",
+    ),
+    "freeze_vit": (_any, _VISION),
+    "freeze_aligner": (_any, _VISION),
+    **dict.fromkeys(
+        (
+            "freeze_parameters",
+            "freeze_parameters_regex",
+            "freeze_parameters_ratio",
+            "trainable_parameters",
+            "trainable_parameters_regex",
+            "adapter_load",
+            "adapters",
+            "merge_lora",
+            "modules_to_save",
+            "lora_bias",
+        ),
+        (_any, "not written yet"),
+    ),
     "vit_lr": (_any, _VISION),
     "aligner_lr": (_any, _VISION),
     "moe_apply_probs_on_input": (

@@ -23,6 +23,9 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if length == (None, None) and not config.get("streaming"):
         values["max_epochs"] = 1
         notes.append("max_epochs is 1: neither train_iters nor max_epochs was given")
+    if config.get("adapters") and not config.is_set("tuner_type"):
+        values["tuner_type"] = "lora"
+        notes.append("tuner_type is lora: --adapters was given")
     if config.get("recompute_granularity") == "full":
         if config.get("recompute_method") is None:
             values["recompute_method"] = "uniform"

@@ -34,6 +34,12 @@ class WeightsConfig(ConfigGroup):
     """Model family to use, where config.json's model_type is not the right one."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    adapters: list[str] = Field(default_factory=list)
+    """A LoRA adapter in PEFT's format, to train on (tuner_type is then lora, with the adapter's
+    rank and targets) or to export: a folder with adapter_config.json."""
+    merge_lora: bool | None = None
+    """Write the model with the adapter merged into its weights, out of place. While training, into
+    checkpoint-N-merged beside each checkpoint. none: as save_safetensors; in an export, yes."""
     use_hf: bool = True
     """Look hub ids up at Hugging Face."""
     hub_token: str | None = Field(None, repr=False, json_schema_extra=secret())

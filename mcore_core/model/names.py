@@ -15,11 +15,12 @@ from mcore_core.model.config import SUBLAYERS
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _PREDICTION = re.compile(r"^(mtp\.layers\.\d+\.)mtp_model_layer\.layers\.\d+\.(.*)$")
-_EXPERTS = re.compile(r"^(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))$")
+_EXPERTS = re.compile(r"^(.*\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias|adapter\.\w+))$")
 _FUSED = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+_ADAPTER = ".adapter."
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -54,8 +55,15 @@ def named_weights(chunks: Sequence[Any]) -> dict[str, Tensor]:
 
     With tied embeddings the copy that the last pipeline stage holds for its head has the name of
     the embedding: it is the same weight, and must be loaded with the same values.
+
+    What a tuner has added under the name `adapter` is not there: see `named_adapters`.
     """
-    return dict(_iterate(chunks))
+    return {n: w for n, w in _iterate(chunks) if _ADAPTER not in n}
+
+
+def named_adapters(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """Return this rank's adapters, named as weights are: `<module>.adapter.<parameter>`."""
+    return {n: w for n, w in _iterate(chunks) if _ADAPTER in n}
 
 
 def _iterate(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:

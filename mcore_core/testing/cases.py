@@ -18,11 +18,15 @@ from mcore_core.config.kernel import kernel_config
 from mcore_core.config.train import TrainConfig
 from mcore_core.manager import PluginManager
 from mcore_core.model.build import DTYPES, ModelPlan
+from mcore_core.model.family import Family
 from mcore_core.model.moe.find import find_dispatcher
+from mcore_core.model.tables import dense_decoder
+from mcore_core.model.tables_moe import QWEN_MOE, moe_decoder, stacked
 from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
 from mcore_core.platform import install
+from mcore_core.protocols import TunerContext
 from mcore_core.testing.parity import (
     Part,
     assemble,
@@ -38,11 +42,13 @@ from mcore_core.train.optimizer import build_optimizer, build_schedule
 from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models, StepView, regroup
+from mcore_core.train.tuning import build_tuner, installed_tuners
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.config.group import ConfigGroup
     from mcore_core.model.architecture import Architecture
+    from mcore_core.model.family import Rule
     from mcore_core.protocols import Recipe, StepResult, Unit
 
 
@@ -62,6 +68,8 @@ class Case:
     dtype: str = "float32"
     dispatcher: Any = None
     """The class that takes tokens to experts; None: as the options say."""
+    rules: "Callable[[Architecture], Sequence[Rule]] | None" = None
+    """The family's table, for tuners; None: llama's, or qwen_moe's stacked one with experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,10 @@ class Session:
         self.plan = _plan(case, layout, self.config)
         on_cpu = platform.name == "cpu"
         chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
+        self.tuner = build_tuner(installed_tuners(), self._context())
+        self.tuner.apply(chunks)
         fill(chunks)
+        self.tuner.load(chunks)
         self.chunks = wrap(chunks, self.config)
         self.optimizer = build_optimizer(self.config, self.chunks, self.plan.dtype, on_cpu=on_cpu)
         self.schedule = build_schedule(self.config, self.optimizer, len(case.steps))
@@ -136,7 +147,20 @@ class Session:
     @property
     def trainable(self) -> Trainable:
         """What checkpoints are made of."""
-        return Trainable(self.chunks, self.optimizer, self.layout)
+        return Trainable(self.chunks, self.optimizer, self.layout, self.tuner.partial)
+
+    def _context(self) -> TunerContext:
+        architecture = self.case.architecture
+        return TunerContext(
+            config=self.config,
+            family=Family(
+                name="test",
+                architectures=(),
+                architecture=lambda _: architecture,
+                rules=self.case.rules or default_rules,
+            ),
+            architecture=architecture,
+        )
 
     def keep_gradients(self) -> None:
         """Keep each step's reduced gradients; they are reduced whole, not by shard."""
@@ -170,6 +194,13 @@ class Session:
         """Return this rank's parts of the weights; collective."""
         gather_weights(self.chunks)
         return parts(self.chunks)
+
+
+def default_rules(architecture: "Architecture") -> "Sequence[Rule]":
+    """Return the table of a llama-like decoder, with stacked experts where it has some."""
+    if architecture.moe is not None:
+        return moe_decoder(architecture, stacked(QWEN_MOE))
+    return dense_decoder(architecture)
 
 
 def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:

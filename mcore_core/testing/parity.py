@@ -90,14 +90,14 @@ def parts(chunks: Iterable[Any], *, gradients: bool = False) -> list[Part]:
     """Return this rank's parts of all weights, or of their accumulated gradients."""
     found = []
     for chunk in chunks:
-        pointers = {p.data_ptr(): p for p in unwrap(chunk).parameters()}
+        pointers = {p.data_ptr(): p for p in unwrap(chunk).parameters() if p.requires_grad}
         for value in nested_values(unwrap(chunk).sharded_state_dict(metadata=metadata())):
             data = getattr(value, "data", None)
             if not isinstance(data, Tensor) or not data.is_floating_point():
                 continue
             if gradients:
                 if data.data_ptr() not in pointers:
-                    continue  # a buffer
+                    continue  # a buffer, or frozen
                 data = pointers[data.data_ptr()].main_grad.view_as(data)
             for tensor in _expand(dataclasses.replace(value, data=data)):
                 where = _slices(tensor)

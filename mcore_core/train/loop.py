@@ -138,6 +138,7 @@ def save(session: Session) -> None:
             "world": run.world_size,
             "plugins": run.plugins,
             "architecture": plain_architecture(session.source),
+            "tuner": session.tuner.identity(),
             "data": session.data.train.state_dict(),
             "has_optimizer": not options.no_save_optim,
             "has_rng": not options.no_save_rng,
@@ -158,7 +159,9 @@ def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> 
     if session.run.is_main:
         options = (session.run.output_dir / "run.yaml").read_text(encoding="utf-8")
         (folder / "run.yaml").write_text(options, encoding="utf-8")
-    if hf:
+    if session.tuner.partial:
+        session.tuner.export(session.stepper.chunks, folder)
+    elif hf:
         session.bridge.save(
             session.stepper.chunks, folder, max_shard_size=max_shard, source=session.source.path
         )

@@ -12,12 +12,15 @@ from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.learning_rate import LearningRateConfig
 from mcore_core.config.optimizer import OptimizerConfig
 from mcore_core.config.regularization import RegularizationConfig
+from mcore_core.config.tuner import TunerConfig
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
 
 FULL_LR = 1e-5
 """Default peak learning rate when all weights train."""
+LORA_LR = 1e-4
+"""Default peak learning rate of adapters."""
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -30,7 +33,9 @@ _DTYPES = {
 def peak_lr(config: "RunConfig") -> float:
     """Return the peak learning rate."""
     lr = config[LearningRateConfig].lr
-    return FULL_LR if lr is None else lr
+    if lr is not None:
+        return lr
+    return LORA_LR if config[TunerConfig].tuner_type == "lora" else FULL_LR
 
 
 def build_optimizer(

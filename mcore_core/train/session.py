@@ -28,6 +28,7 @@ from mcore_core.data.template import Template
 from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.installed import package_of
 from mcore_core.model.moe.find import find_dispatcher
+from mcore_core.protocols import TunerContext
 from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
 from mcore_core.train import folders
@@ -43,6 +44,7 @@ from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models
+from mcore_core.train.tuning import build_tuner, check_same_tuner
 
 if TYPE_CHECKING:
     from mcore_core.cli.prepared import Prepared, PreparedExport
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.data.prepare import DataPlan
     from mcore_core.platform.base import Platform
-    from mcore_core.protocols import Bridge, Recipe
+    from mcore_core.protocols import Bridge, Recipe, Tuner
 
 
 @dataclass(slots=True)
@@ -69,11 +71,13 @@ class Session:
     reports: RunReports
     hooks: Any
     facts: ModelFacts
+    tuner: "Tuner"
 
     @property
     def trainable(self) -> Trainable:
         """What checkpoints are made of."""
-        return Trainable(self.stepper.chunks, self.stepper.optimizer, self.run.layout)
+        stepper, partial = self.stepper, self.tuner.partial
+        return Trainable(stepper.chunks, stepper.optimizer, self.run.layout, partial)
 
 
 def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform") -> Session:
@@ -121,7 +125,17 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         max_length=template.max_length,
         dispatcher=find_dispatcher(config, prepared.manager.catalogue("mcore_dispatchers")),
     )
-    reads = _takes_safetensors(config, resume)
+    bridge = bridge_of(prepared)(source.family, source.architecture)
+    tuner = build_tuner(
+        prepared.manager.catalogue("mcore_tuners"),
+        TunerContext(
+            config=config,
+            family=source.family,
+            architecture=source.architecture,
+            bridge=bridge,
+        ),
+    )
+    reads = tuner.partial or _takes_safetensors(config, resume)
     filled = reads or resume is not None
     bare = build_model(
         plan,
@@ -129,9 +143,10 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         on_cpu=on_cpu,
         initialize=not (filled and config[CheckpointConfig].no_initialization),
     )
-    bridge = bridge_of(prepared)(source.family, source.architecture)
+    tuner.apply(bare)
     if reads:
         bridge.load(bare, source.path)
+    tuner.load(bare)
     chunks = wrap(bare, config)
     optimizer = prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks)
     if optimizer is None:
@@ -162,7 +177,9 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         ),
     )
     if resume is not None:
-        loaded = load(Trainable(chunks, optimizer, run.layout), resume, config[CheckpointConfig])
+        check_same_tuner(resume, tuner)
+        state = Trainable(chunks, optimizer, run.layout, tuner.partial)
+        loaded = load(state, resume, config[CheckpointConfig])
         if not config[CheckpointConfig].finetune:
             run.step = resume.step
             data.train.load_state_dict(loaded.common["data"])
@@ -205,6 +222,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         reports=reports,
         hooks=prepared.manager.hook,
         facts=facts,
+        tuner=tuner,
     )
 
 

@@ -29,6 +29,9 @@ KERNEL_SECTIONS = {
     "Export",
     "Data",
     "Template",
+    "Tuner",
+    "Tuner: Full-parameter Training",
+    "Tuner: LoRA Training",
 }
 LATER = {
     # with the tasks and losses of sft
@@ -38,11 +41,9 @@ LATER = {
     "task_type",
     "num_labels",
     "problem_type",
-    # with LoRA and with the recipes that have a reference model
-    "adapters",
+    # with the recipes that have a reference model
     "ref_model",
     "ref_adapters",
-    "merge_lora",
 }
 OTHER_DEFAULT = {
     "attention_backend": "auto",
@@ -57,6 +58,7 @@ OTHER_CHOICES = {
     "transformer_impl": ["auto", "local", "transformer_engine"],
     "attention_backend": ["auto", "flash", "fused", "unfused", "local"],
     "report_to": [],
+    "tuner_type": [],  # and those that plugins bring
     # free text in the specification
     "logging_level": ["debug", "info", "warning", "error"],
     "test_convert_dtype": ["float32", "float16", "bfloat16"],
@@ -75,6 +77,7 @@ OTHER_TYPE = {
     "logging_level": "choice",
     "test_convert_dtype": "choice",
     "report_to": "list[str]",
+    "tuner_type": "str",
 }
 
 
@@ -120,6 +123,7 @@ def test_sections_are_those_of_the_specification() -> None:
         "model_revision": "Mcore-Bridge",  # Model in the specification
         "torch_dtype": "Mixed Precision",  # Model in the specification
         "save_strategy": "Checkpoint",  # Training in the specification
+        "merge_lora": "Mcore-Bridge",  # Export, too, in the specification
     }
     for name, group in by_title.items():
         assert OPTIONS[name].group.title == moved.get(name, group), name

@@ -1,0 +1,1 @@
+"""Tuners: which parameters train, and how what was trained is saved."""

@@ -1,0 +1,1 @@
+"""LoRA: low-rank adapters on every projection, as PEFT has them."""
