@@ -109,7 +109,7 @@ LAYOUTS = {
 }
 
 
-STEEP = {"gdn": 0.01}
+STEEP = {"gdn": 0.01, "gdn-moe": 0.02}
 """Learning rates of models in which rounding grows faster than what is compared allows."""
 
 
