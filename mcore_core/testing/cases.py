@@ -66,6 +66,8 @@ class Case:
     groups: "tuple[type[ConfigGroup], ...]" = ()
     """Option groups of the recipe's plugin."""
     dtype: str = "float32"
+    transformer_engine: bool = False
+    """Build of Transformer Engine's layers; needs a CUDA device."""
     dispatcher: Any = None
     """The class that takes tokens to experts; None: as the options say."""
     rules: "Callable[[Architecture], Sequence[Rule]] | None" = None
@@ -217,7 +219,7 @@ def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:
         layout=layout,
         stage_layers=layers_per_stage(case.architecture.num_layers, split),
         dtype=DTYPES[case.dtype],
-        transformer_engine=False,
+        transformer_engine=case.transformer_engine,
         dispatcher=case.dispatcher or _dispatcher(config),
     )
 
