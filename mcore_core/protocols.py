@@ -305,5 +305,5 @@ class StepResult:
     """Tokens of the global batch, padding not counted."""
     seconds: float
     metrics: Mapping[str, float]
-    tables: "Mapping[str, Sequence[Sequence[float]]]" = field(default_factory=dict)
-    """What is more than one number, and adds up over steps: name -> rows."""
+    tables: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """What is more than one number, and adds up over steps: name -> row's label -> values."""

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from mcore_core.report.format import duration, gib, metric
 from mcore_core.report.meters import Means
+from mcore_core.report.series import PER_LAYER
 from mcore_core.report.summary import Lines
 
 REDRAW_SECONDS = 0.2
@@ -97,7 +98,7 @@ class ConsoleReport:
         fields += [
             (name, metric(name, value))
             for name, value in means.metrics.items()
-            if not name.startswith("timers/")
+            if not name.startswith("timers/") and PER_LAYER not in name
         ]
         self._fields(fields)
 

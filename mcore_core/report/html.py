@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from mcore_core.context import RunContext
 from mcore_core.report import jsonl
 from mcore_core.report.format import count, duration, short_count, size
+from mcore_core.report.heatmap import heat_maps
 from mcore_core.report.options import option_groups
 from mcore_core.report.plots import Picture, draw
 from mcore_core.report.record import RunRecord
@@ -49,7 +50,7 @@ def render(run: RunContext, record: RunRecord) -> str:
     )
     template = environment.from_string(_resource("report.html.j2"))
     groups = option_groups(run.config)
-    metrics = run.output_dir / jsonl.FILE_NAME
+    metrics, tables = (run.output_dir / name for name in (jsonl.FILE_NAME, jsonl.TABLES))
     records = list(jsonl.read(metrics)) if metrics.exists() else []
     return template.render(
         title=_title(run, record),
@@ -61,6 +62,7 @@ def render(run: RunContext, record: RunRecord) -> str:
         failure=record.failure,
         tiles=_tiles(run, record, records),
         pictures=_pictures(records),
+        heat_maps=heat_maps(jsonl.read(tables) if tables.exists() else ()),
         summary=start_lines(run, record.model, begun_at=record.first_step),
         given=[o for lines in groups.values() for o in lines if o.given],
         groups=groups,

@@ -19,7 +19,7 @@ from mcore_core.protocols import Reporter, StepResult
 from mcore_core.report import jsonl
 from mcore_core.report.console import ConsoleReport
 from mcore_core.report.format import GIB
-from mcore_core.report.meters import Interval, TimeLeft
+from mcore_core.report.meters import Interval, Means, TimeLeft
 from mcore_core.report.record import Failure, ModelFacts, RunRecord, RunWarning, SavedCheckpoint
 from mcore_core.report.summary import end_lines, outcome, start_lines
 
@@ -150,6 +150,7 @@ class Reporters:
         self._began = clock()
         self._interval, self._left = Interval(), TimeLeft()
         self._file: jsonl.MetricsFile | None = None
+        self._tables: jsonl.MetricsFile | None = None
         self._board: TensorBoardReport | None = None
         self._external: dict[str, Reporter] = {}
         self._mistakes: list[Problem] = []
@@ -201,6 +202,8 @@ class Reporters:
         if step % self._log_interval and step != run.train_iters:
             return None
         means = self._interval.take()
+        if means.tables:
+            self._guard(jsonl.TABLES, self._write_tables, step, means)
         self._guard("console", self._console.log, step, means, memory, eta)
         logged = {
             "loss": means.loss,
@@ -249,6 +252,8 @@ class Reporters:
             self._guard("tensorboard", self._board.close)
         if self._file is not None:
             self._guard("metrics.jsonl", self._file.close)
+        if self._tables is not None:
+            self._guard(jsonl.TABLES, self._tables.close)
         self._guard("report.html", self._write_html)
         self._guard("console", self._print_end)
 
@@ -276,6 +281,16 @@ class Reporters:
     def _open_file(self) -> None:
         path = self._run.output_dir / jsonl.FILE_NAME
         self._file = jsonl.MetricsFile(path, resumed_step=self._run.step)
+
+    def _write_tables(self, step: int, means: Means) -> None:
+        if self._tables is None:
+            path = self._run.output_dir / jsonl.TABLES
+            self._tables = jsonl.MetricsFile(path, resumed_step=self._record.first_step)
+        tables = {
+            name: {label: [round(v, 6) for v in values] for label, values in rows.items()}
+            for name, rows in means.tables.items()
+        }
+        self._tables.write({"step": step, "steps": means.steps, "tables": tables})
 
     def _open_board(self) -> None:
         from mcore_core.report.tensorboard import (  # noqa: PLC0415 - a slow import, main rank only

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+TABLES = "tables.jsonl"
+"""Metrics that are tables: a line every --log_interval steps, `{"step": 20, "steps": 10, "tables":
+{NAME: {ROW: [value, ...]}}}`, sums over those steps. Only runs that have some write it."""
 
 
 class MetricsFile:

@@ -2,8 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mcore_core.protocols import StepResult
 
@@ -20,6 +20,9 @@ class Means:
     """Tokens of these steps by the seconds they took."""
     metrics: Mapping[str, float]
     """A recipe's own, each a mean over the steps that had it."""
+    steps: int = 1
+    tables: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """Sums over these steps."""
 
 
 class Interval:
@@ -28,12 +31,18 @@ class Interval:
     def __init__(self) -> None:
         self._steps: list[StepResult] = []
         self._metrics: dict[str, list[float]] = {}
+        self._tables: dict[str, dict[str, list[float]]] = {}
 
     def add(self, result: StepResult, metrics: Mapping[str, float]) -> None:
         """Count one step; `metrics` are all of its named values."""
         self._steps.append(result)
         for name, value in metrics.items():
             self._metrics.setdefault(name, []).append(value)
+        for name, rows in result.tables.items():
+            kept = self._tables.setdefault(name, {})
+            for label, values in rows.items():
+                before = kept.get(label, [0.0] * len(values))
+                kept[label] = [a + b for a, b in zip(before, values, strict=True)]
 
     @property
     def steps(self) -> int:
@@ -42,8 +51,8 @@ class Interval:
 
     def take(self) -> Means:
         """Return the means since the last call. At least one step must have been added."""
-        steps, metrics = self._steps, self._metrics
-        self._steps, self._metrics = [], {}
+        steps, metrics, tables = self._steps, self._metrics, self._tables
+        self._steps, self._metrics, self._tables = [], {}, {}
         seconds = math.fsum(s.seconds for s in steps)
         return Means(
             loss=_mean([s.loss for s in steps]),
@@ -51,6 +60,8 @@ class Interval:
             lr=steps[-1].lr,
             tokens_per_second=sum(s.tokens for s in steps) / seconds if seconds > 0 else 0.0,
             metrics={name: _mean(values) for name, values in metrics.items()},
+            steps=len(steps),
+            tables=tables,
         )
 
 

@@ -18,6 +18,9 @@ TITLES = {
 """Metrics that every run has: panel title and unit, in the order of the page."""
 HIDDEN = frozenset({"step", "epoch", "tokens", "seconds"})
 RESERVED = frozenset(TITLES) | HIDDEN
+PER_LAYER = "/layer_"
+"""In the names of metrics of single layers: a line each in metrics.jsonl and TensorBoard, too many
+for the console and the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ def panels(records: Iterable[Mapping[str, Any]]) -> list[Panel]:
     points: dict[str, Points] = {}
     for record in records:
         for name, value in record.items():
-            if name not in HIDDEN and isinstance(value, int | float):
+            if name not in HIDDEN and PER_LAYER not in name and isinstance(value, int | float):
                 points.setdefault(name, []).append((int(record["step"]), float(value)))
     evals = {n.removeprefix("eval/"): p for n, p in points.items() if n.startswith("eval/")}
     names = {n for n in points if not n.startswith("eval/")} | set(evals)

@@ -208,21 +208,24 @@ def balanced(logits):
 
 
 def routed_on(layout, **options):
-    """Return each micro-batch's weights, and which are kept, as a run in the layout has them."""
+    """Return each micro-batch's weights, which are kept, and the metrics, as a run has them."""
 
     def one_rank(_):
         state.initialize(install(), layout, seed=1)
-        _, router = router_of(layout, "softmax", moe_router_dtype="fp64", **options)
+        decoder, router = router_of(layout, "softmax", moe_router_dtype="fp64", **options)
+        chunk = torch.nn.Module()
+        chunk.config, chunk.router = decoder, router
         found = []
         for micro, tokens, source, logits in passes(layout):
             probs, kept = router.route(logits, tokens)
             assert not bool((probs != 0)[~kept].any())
             found.append(((micro, source, probs.detach()), (micro, source, kept.double())))
-        return found
+        return found, ExpertReport([chunk], torch.device("cpu")).finish()
 
-    ranks = fork_ranks(one_rank, layout.world)
+    ranks, reports = zip(*fork_ranks(one_rank, layout.world), strict=True)
+    assert all(report == reports[0] for report in reports)
     weights = together([[a for a, _ in rank] for rank in ranks])
-    return weights, together([[b for _, b in rank] for rank in ranks])
+    return weights, together([[b for _, b in rank] for rank in ranks]), reports[0]
 
 
 SOME = [
@@ -234,7 +237,7 @@ SOME = [
 
 @pytest.mark.parametrize("layout", SOME)
 def test_sinkhorn(layout):
-    weights, kept = routed_on(LAYOUTS[layout], moe_router_load_balancing_type="sinkhorn")
+    weights, kept, _ = routed_on(LAYOUTS[layout], moe_router_load_balancing_type="sinkhorn")
     plain = 0
     for micro, (weight, mine) in enumerate(zip(weights, kept, strict=True)):
         logits = logits_of(micro)
@@ -251,13 +254,13 @@ def test_sinkhorn(layout):
 @pytest.mark.parametrize("layout", SOME)
 def test_capacity(layout, policy):
     factor = 0.9
-    weights, kept = routed_on(
+    weights, kept, (metrics, tables) = routed_on(
         LAYOUTS[layout],
         moe_expert_capacity_factor=factor,
         moe_token_drop_policy=policy,
         moe_aux_loss_coeff=0.0,
     )
-    dropped = 0
+    dropped, load, entropy = 0, [0] * E, 0.0
     for micro, (weight, mine) in enumerate(zip(weights, kept, strict=True)):
         p = logits_of(micro).softmax(-1)
         top = p.topk(K, -1)
@@ -270,7 +273,23 @@ def test_capacity(layout, policy):
                 wants.sort(key=lambda t: (-float(w[t, e]), t))
             for t in wants[:limit]:
                 expected[t, e] = 1
+            load[e] += len(wants)
             dropped += max(0, len(wants) - limit)
+        entropy += float(-(p * p.log()).sum())
         assert np.array_equal(mine, expected)
         assert (weight - w * expected).abs().max() <= 1e-12
     assert dropped > 3
+    choices, tokens = sum(load), sum(map(sum, MICROS))
+    share = [n / choices for n in load]
+    even = -sum(x * math.log(x) for x in share if x) / math.log(E)
+    found = {n.rpartition("/")[2]: v for n, v in metrics.items() if "/layer_0/" in n}
+    assert found == pytest.approx(
+        {
+            "load_max": max(load) * E / choices,
+            "load_entropy": even,
+            "router_entropy": entropy / tokens,
+            "dead_experts": load.count(0),
+            "dropped": dropped / choices,
+        }
+    )
+    assert tables["moe/load"]["layer 0"] == load

@@ -116,7 +116,7 @@ def test_means_are_over_the_steps_since_the_last_line() -> None:
     interval.add(result(1.0, lr=1e-5), {"a": 1.0})
     interval.add(result(3.0, tokens=300, seconds=1.5, lr=2e-5), {"a": 2.0, "b": 7.0})
     first = interval.take()
-    assert first == Means(2.0, 4.0, 2e-5, 200.0, {"a": 1.5, "b": 7.0})
+    assert first == Means(2.0, 4.0, 2e-5, 200.0, {"a": 1.5, "b": 7.0}, 2)
     interval.add(result(math.nan), {})
     second = interval.take()
     assert math.isnan(second.loss)

@@ -22,6 +22,7 @@ _SUMS = ("tokens", "entropy", "dropped", *LOSSES)
 """What a router adds up beside the load of each expert."""
 LOAD_TABLE = "moe/load"
 """Choices of each expert, a row for each layer."""
+type Tables = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 class RouterStats:
@@ -161,7 +162,7 @@ class ExpertReport:
         dist.all_reduce(whole)
         return whole.cpu()
 
-    def finish(self) -> tuple[dict[str, float], Mapping[str, list[list[float]]]]:
+    def finish(self) -> tuple[dict[str, float], Tables]:
         """Return the metrics of the step and its tables; collective.
 
         `moe/layer_N/...` are those of HF layer N, `moe/...` the mean over layers (the number, of
@@ -187,7 +188,8 @@ class ExpertReport:
             metrics[f"moe/{name}"] = together
             for layer, value in zip(self.layers, values, strict=True):
                 metrics[f"moe/layer_{layer}/{name}"] = value
-        return metrics, {LOAD_TABLE: loads_LE.tolist()}
+        rows = zip(self.layers, loads_LE.tolist(), strict=True)
+        return metrics, {LOAD_TABLE: {f"layer {n}": row for n, row in rows}}
 
     def _optional(self, whole: Tensor, experts: int, total: Tensor) -> dict[str, list[float]]:
         config, found = self.config, {}
