@@ -282,6 +282,8 @@ class Reporter(Protocol):
     """A metric sink, built on the main rank. An error in log() is warned about; training goes on.
 
     `log` is called every `log_interval` steps and after each evaluation (names begin with "eval/").
+    Beside these methods a sink may have `notes`, which are shown as warnings once it is open, and
+    `where`, which the end of the run prints.
     """
 
     def __init__(self, run: "RunContext") -> None:

@@ -153,6 +153,7 @@ class Reporters:
         self._tables: jsonl.MetricsFile | None = None
         self._board: TensorBoardReport | None = None
         self._external: dict[str, Reporter] = {}
+        self._places: dict[str, str] = {}
         self._mistakes: list[Problem] = []
         self._warned: set[str] = set()
         self._last_warning: dict[str, float] = {}
@@ -247,7 +248,7 @@ class Reporters:
         record.failure = Failure.of(error) if error else None
         self._guard("console", self._console.close)
         for name, reporter in self._external.items():
-            self._guard(name, reporter.close)
+            self._guard(name, self._close_external, name, reporter)
         if self._board is not None:
             self._guard("tensorboard", self._board.close)
         if self._file is not None:
@@ -270,7 +271,7 @@ class Reporters:
             "report": run.output_dir / "report.html",
             "metrics": run.output_dir / jsonl.FILE_NAME,
         }
-        files = {k: p for k, p in found.items() if p.exists()}
+        files = {k: str(p) for k, p in found.items() if p.exists()} | self._places
         self._console.summary(outcome(run, record), end_lines(run, record, files))
 
     def _write_html(self) -> None:
@@ -306,9 +307,18 @@ class Reporters:
 
     def _open_external(self, name: str) -> None:
         try:
-            self._external[name] = self._classes[name](self._run)
+            opened = self._classes[name](self._run)
         except UsageError as error:
             self._mistakes.extend(error.problems)
+            return
+        self._external[name] = opened
+        for note in getattr(opened, "notes", ()):
+            self._warn(f"{name}: {note}")
+
+    def _close_external(self, name: str, reporter: Reporter) -> None:
+        if where := getattr(reporter, "where", None):
+            self._places[name] = str(where)
+        reporter.close()
 
     def _step_line(
         self, run: RunContext, result: StepResult, memory: int | None

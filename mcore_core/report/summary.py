@@ -100,13 +100,13 @@ def outcome(run: RunContext, record: RunRecord) -> str:
     return f"done: {count(record.step)} steps in {time}, {short_count(record.tokens)} tokens"
 
 
-def end_lines(run: RunContext, record: RunRecord, files: Mapping[str, Path]) -> Lines:
-    """Return where everything is and what to type next. `files` are written reports by label."""
+def end_lines(run: RunContext, record: RunRecord, files: Mapping[str, str]) -> Lines:
+    """Return where everything is and what to type next. `files` says where reports are."""
     lines: Lines = []
     saved = [c.path for c in record.checkpoints if c.path.exists()]
     if saved:
         lines.append(("checkpoint", str(saved[-1])))
-    lines += [(label, str(path)) for label, path in files.items()]
+    lines += files.items()
     finished = record.failure is None and record.step >= run.train_iters
     if not finished:
         if saved or record.first_step:

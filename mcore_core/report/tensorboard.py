@@ -3,7 +3,6 @@
 Tags: train/NAME for a step's values, eval/NAME for evaluations, timers/seconds, memory/peak_gib.
 """
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,12 +53,13 @@ class TensorBoardReport:
         self._write(step, values)
 
     def evaluation(self, line: Mapping[str, float]) -> None:
-        """Write an evaluation's values, and the perplexity of its loss."""
-        values = [(name, v) for name, v in line.items() if name.startswith("eval/")]
-        if self._options.log_validation_ppl_to_tensorboard and "eval/loss" in line:
-            loss = line["eval/loss"]
-            if "eval/ppl" not in line:
-                values.append(("eval/ppl", math.exp(loss) if loss < 700 else math.inf))
+        """Write an evaluation's values."""
+        left_out = () if self._options.log_validation_ppl_to_tensorboard else ("eval/perplexity",)
+        values = [
+            (name, v)
+            for name, v in line.items()
+            if name.startswith("eval/") and name not in left_out
+        ]
         self._write(int(line["step"]), values)
 
     def close(self) -> None:

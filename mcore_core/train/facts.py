@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from mcore_core.model.names import unwrap
 
 if TYPE_CHECKING:
-    from mcore_core.model.architecture import Architecture
     from mcore_core.platform.base import Platform
 
 PACKAGES = (
@@ -71,27 +70,3 @@ def _sum_over_model(values: torch.Tensor) -> torch.Tensor:
     moved = values.to(torch.cuda.current_device())
     dist.all_reduce(moved, group=parallel_state.get_model_parallel_group())
     return moved.cpu()
-
-
-def matmul_parameters(shape: "Architecture") -> int:
-    """Return the parameters that every token multiplies, the head included."""
-    head = shape.kv_channels
-    attention = shape.hidden_size * head * (2 * shape.num_attention_heads)
-    attention += shape.hidden_size * head * 2 * shape.num_query_groups
-    mlp = (3 if shape.gated else 2) * shape.hidden_size * shape.ffn_hidden_size
-    return shape.num_layers * (attention + mlp) + shape.vocab_size * shape.hidden_size
-
-
-def step_flops(shape: "Architecture", tokens: float, squares: float) -> float:
-    """Return the floating-point operations of one training step, forward and backward.
-
-    6 a parameter and token (2 forward, 4 backward), and for causal attention 6 times the squared
-    length of each sequence, times heads and head size, a layer. Recomputation is not counted.
-
-    Args:
-        shape: The model.
-        tokens: Tokens of the global batch, padding not counted.
-        squares: Sum over its sequences of their squared lengths.
-    """
-    attention = 6 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * squares
-    return 6.0 * matmul_parameters(shape) * tokens + attention

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, reports; it ends in good order on SIGTERM."""
 
-import dataclasses
 import gc
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,12 +21,17 @@ from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.parallel.reduce import any_rank
-from mcore_core.train.facts import params_norm, step_flops
+from mcore_core.train.facts import params_norm
+from mcore_core.train.flops import step_flops
 from mcore_core.train.session import Session, plain_architecture
 from mcore_core.train.stepping import StepView, regroup
 
 if TYPE_CHECKING:
     from mcore_core.protocols import StepResult, Unit
+
+
+LARGEST_EXPONENT = 700.0
+"""Beyond it exp is no double."""
 
 
 @dataclass(slots=True)
@@ -80,16 +85,20 @@ def _after_step(session: Session, result: "StepResult", waited: float) -> None:
             "timers/forward_backward": stepper.timers.forward_backward,
             "timers/optimizer": stepper.timers.optimizer,
         }
-    metrics = dict(result.metrics)
-    squares = metrics.pop("squares", 0.0)
     if logging.log_throughput:
-        flops = step_flops(session.source.architecture, result.tokens, squares)
+        facts = session.facts
+        every = facts.trainable is None or not facts.parameters
+        flops = step_flops(
+            session.source.architecture,
+            stepper.size,
+            trained=1.0 if every else (facts.trainable or 0) / facts.parameters,
+            depths=stepper.forward.depths,
+        )
         extra["tflops_per_device"] = flops / result.seconds / run.world_size / 1e12
     if logging.log_params_norm:
         extra["params_norm"] = params_norm(stepper.chunks)
-    shown = dataclasses.replace(result, metrics=metrics)
-    logged = session.reports.step(run, shown, extra)
-    session.hooks.mcore_step_end(run=run, step=run.step, result=shown)
+    logged = session.reports.step(run, result, extra)
+    session.hooks.mcore_step_end(run=run, step=run.step, result=result)
     if logged is not None and run.is_main:
         session.hooks.mcore_log(run=run, step=run.step, metrics=logged)
     session.saver.finish(blocking=False)
@@ -103,6 +112,8 @@ def _maybe_evaluate(session: Session) -> None:
         return
     metrics = session.stepper.evaluate(_prepared(session))
     if metrics:
+        if getattr(session.recipe, "loss_is_nll", False):
+            metrics["perplexity"] = math.exp(min(metrics["loss"], LARGEST_EXPONENT))
         session.reports.evaluation(run.step, metrics)
 
 

@@ -46,8 +46,6 @@ class Placed:
     """Where each of this rank's tokens stands in the row before padding; -1 where it is padding."""
     tokens: int
     """Tokens of the whole micro-batch, padding not counted."""
-    squares: int
-    """Sum of the squared lengths of its sequences."""
     ahead: tuple[Ahead, ...] = ()
     """For each depth of multi-token prediction."""
 
@@ -128,7 +126,6 @@ def place(
         trained=move(trained),
         source=source,
         tokens=sum(batch.lengths),
-        squares=sum(n * n for n in batch.lengths),
         ahead=tuple(_ahead(batch, depth, gather, move) for depth in range(1, depths + 1)),
     )
 

@@ -1,5 +1,6 @@
 """One optimizer step over a global batch, and one evaluation pass: the only users of schedules."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from mcore_core.model.moe.stats import ExpertReport
 from mcore_core.parallel.randomness import same_randomness
 from mcore_core.parallel.reduce import sum_over_data, sum_shares
 from mcore_core.protocols import StepResult, Unit
+from mcore_core.train.flops import StepSize, causal_pairs
 from mcore_core.train.forward import ForwardStep, Shares
 from mcore_core.train.place import Placed, place
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from mcore_core.protocols import Recipe
 
 
+SIZES = tuple(f.name for f in dataclasses.fields(StepSize))
 MIN_COUNT = 1e-30
 """Below it nothing trains: the step is refused, after a backward pass of zeros."""
 
@@ -59,6 +62,8 @@ class Stepper:
         self.forward = ForwardStep(recipe, plan)
         self.schedule_function = get_forward_backward_func()
         self.timers = Timers()
+        self.size = StepSize(tokens=0, head_tokens=0, pairs=0)
+        """How much data the last step had."""
         self.config = self.chunks[0].config
         self.experts = ExpertReport(self.chunks, device)
         self.config.finalize_model_grads_func = _finalize
@@ -132,6 +137,7 @@ class Stepper:
                 f"step {step}: no token of the global batch trains",
                 "every target of every sequence has weight 0; see --loss_scale and the data",
             )
+        self.size = StepSize(**{name: totals[name][0] for name in SIZES})
         loss = totals["loss"][0] / float(count)
         if not math.isfinite(loss):
             raise RunFailure(
@@ -154,7 +160,7 @@ class Stepper:
             lr=float(lr),
             tokens=int(totals["tokens"][0]),
             seconds=time.perf_counter() - begin,
-            metrics={**_means(totals), **metrics, "squares": totals["squares"][0]},
+            metrics={**_means(totals), **metrics},
             tables=tables,
         )
 
@@ -227,11 +233,15 @@ class Stepper:
         one = torch.ones((), dtype=torch.float64)
         # context-parallel ranks hold parts of the same rows: the first one counts them
         mine = float(parallel_state.get_context_parallel_rank() == 0)
-        for name, values in (
-            ("tokens", [p.tokens for p in placed]),
-            ("squares", [p.squares for p in placed]),
+        window, local = self.plan.architecture.window_size, self.recipe.token_local
+        rows = [p.batch.lengths for p in placed]
+        for name, value in (
+            ("tokens", mine * sum(p.tokens for p in placed)),
+            ("pairs", mine * sum(causal_pairs(lengths) for lengths in rows)),
+            ("window_pairs", mine * sum(causal_pairs(lengths, window) for lengths in rows)),
+            ("head_tokens", sum(len(p.trained) for p in placed) if local else None),
         ):
-            summed[name] = (one * mine * sum(values), one)
+            summed[name] = (one * (summed["tokens"][0] if value is None else value), one)
         return sum_shares(summed, None, self.device)
 
 
@@ -244,5 +254,5 @@ def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {
         name: total / count if count else float("nan")
         for name, (total, count) in totals.items()
-        if name not in ("loss", "tokens", "squares")
+        if name != "loss" and name not in SIZES
     }

@@ -311,6 +311,7 @@ def test_prepare_export() -> None:
     prepared = prepare_export(["--to-hf", "--load", "a", "--save", "b"])
     assert prepared.config.get("to_hf") is True
     assert set(prepared.plugins) >= {"bridge", "moe"}
+    assert "sft" not in prepared.plugins
     assert prepared.notes == ()
 
 

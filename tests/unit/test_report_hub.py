@@ -51,9 +51,23 @@ class Unconfigured(Memory):
         raise usage_error("MC999", "no key", "fix: give one")
 
 
+class Broken(Memory):
+    """A reporter that cannot be opened."""
+
+    def __init__(self, run: RunContext) -> None:
+        raise RuntimeError("the socket is taken")
+
+
+class Elsewhere(Memory):
+    """A reporter that had to change its plan, and says where the run is to be seen."""
+
+    notes = ("no key; this run is recorded offline",)
+    where = "tracker sync here"
+
+
 def catalogue() -> Catalogue[type[Reporter]]:
     found: Catalogue[type[Reporter]] = Catalogue("reporter")
-    for name in ("Memory", "Offline", "Unconfigured"):
+    for name in ("Memory", "Offline", "Unconfigured", "Broken", "Elsewhere"):
         found.add("test", Component(name.lower(), f"{__name__}:{name}"))
     found.add("test", Component("wandb", "not_installed_here:Wandb"))
     return found
@@ -296,7 +310,7 @@ def test_unknown_and_missing_reporters_are_reported_together(tmp_path: Path) -> 
         Reporters(make_run(tmp_path), ["ofline", "wandb", "tensorboard", "none"], catalogue())
     assert str(caught.value).splitlines() == [
         "error[MC202]: no reporter named 'ofline' (from --report_to)",
-        "  available: memory, offline, unconfigured, wandb",
+        "  available: broken, elsewhere, memory, offline, unconfigured, wandb",
         "  did you mean: offline?",
         "error[MC203]: the reporter 'wandb' cannot be imported (from --report_to)",
         "  ModuleNotFoundError: No module named 'not_installed_here'",
@@ -353,3 +367,28 @@ def test_a_loss_that_is_not_a_number_is_shown(tmp_path: Path) -> None:
     hub.step(run, result(math.nan))
     assert "step 1/1  loss nan  lr" in stream.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["nonfinite"] == {"loss": "nan"}
+
+
+def test_a_reporter_that_cannot_be_opened_is_left_out(tmp_path: Path) -> None:
+    run, stream = make_run(tmp_path, iters=2), io.StringIO()
+    hub = Reporters(run, ["broken", "memory"], catalogue(), stream=stream)
+    hub.begin(run)
+    for step in (1, 2):
+        run.step = step
+        hub.step(run, result(1.0))
+    hub.end()
+    text = stream.getvalue()
+    assert text.count("warning: broken: RuntimeError: the socket is taken; training goes on") == 1
+    assert [step for step, _ in Memory.built[-1].logged] == [2]
+    assert Memory.built[-1].closed
+
+
+def test_a_reporter_says_what_it_did_and_where(tmp_path: Path) -> None:
+    run, stream = make_run(tmp_path, iters=2), io.StringIO()
+    hub = Reporters(run, ["elsewhere"], catalogue(), stream=stream)
+    hub.begin(run)
+    assert "warning: elsewhere: no key; this run is recorded offline" in stream.getvalue()
+    hub.end()
+    assert [line.split() for line in stream.getvalue().splitlines() if "tracker" in line] == [
+        ["elsewhere", "tracker", "sync", "here"]
+    ]

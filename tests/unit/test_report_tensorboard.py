@@ -32,7 +32,7 @@ def written(folder: Path, **options: Any) -> dict[tuple[int, str], float]:
     board = TensorBoardReport(folder, LoggingConfig(**options))
     for step in (1, 2, 3, 4):
         board.step({**LINE, "step": step})
-    board.evaluation({"step": 4, "epoch": 2.0, "eval/loss": 2.0})
+    board.evaluation({"step": 4, "epoch": 2.0, "eval/loss": 2.0, "eval/perplexity": 7.389056})
     board.close()
     return {(e.step, v.tag): v.simple_value for e in events(folder) for v in e.summary.value}
 
@@ -51,7 +51,7 @@ def test_every_value_has_its_tag(tmp_path: Path) -> None:
         "rewards/mean": 0.125,
     }
     assert values[4, "eval/loss"] == 2.0
-    assert values[4, "eval/ppl"] == pytest.approx(7.389056)
+    assert values[4, "eval/perplexity"] == pytest.approx(7.389056)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_value_has_its_tag(tmp_path: Path) -> None:
         ("no_log_learning_rate_to_tensorboard", True, "train/lr"),
         ("log_timers_to_tensorboard", False, "timers/seconds"),
         ("log_memory_to_tensorboard", False, "memory/peak_gib"),
-        ("log_validation_ppl_to_tensorboard", False, "eval/ppl"),
+        ("log_validation_ppl_to_tensorboard", False, "eval/perplexity"),
     ],
 )
 def test_each_switch_removes_its_tag(tmp_path: Path, option: str, value: bool, tag: str) -> None:

@@ -34,6 +34,7 @@ class SFTRecipe:
 
     frozen: ClassVar[Mapping[str, FrozenModel]] = {}
     token_local = True
+    loss_is_nll: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, template: Template) -> None:
         self.head = HeadSpec()

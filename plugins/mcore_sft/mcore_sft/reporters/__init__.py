@@ -1,0 +1,1 @@
+"""Reporters that send a run's metrics to an experiment tracker."""
