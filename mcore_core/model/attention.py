@@ -105,7 +105,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if row.kept is not None:
             stored = row.kept.store(self.layer, key, value)
             if row.kept.keys is not None:
-                seen = visible(row, row.kept, self.window)
+                seen = visible(row, row.kept, self.window, query.dtype)
                 scale, sinks = self.softmax_scale, self.softmax_offset
                 return attend(query, stored, seen, scale=scale, sinks=sinks).flatten(1)
         if cp > 1:

@@ -99,16 +99,20 @@ class Kept:
         return keys, values
 
 
-def visible(row: "PackedRow", kept: Kept, window: int | None) -> Tensor:
-    """Return which positions each slot's token sees, [N, 1, 1, K], computed once a row."""
+def visible(row: "PackedRow", kept: Kept, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return 0 for positions that each slot's token sees, minus infinity else, [N, 1, 1, K].
+
+    Computed once a row.
+    """
     name = ("visible", window)
     if name not in row.cache:
         positions_N1 = kept.positions_T.unsqueeze(-1)
         index_K = torch.arange(kept.keys or 0, device=positions_N1.device)
-        seen_NK = index_K <= positions_N1
+        hidden_NK = index_K > positions_N1
         if window is not None:
-            seen_NK &= index_K >= positions_N1 - window
-        row.cache[name] = seen_NK[:, None, None]
+            hidden_NK |= index_K < positions_N1 - window
+        zeros = torch.zeros(hidden_NK.shape, dtype=dtype, device=positions_N1.device)
+        row.cache[name] = zeros.masked_fill_(hidden_NK, float("-inf"))[:, None, None]
     found: Tensor = row.cache[name]
     return found
 
@@ -139,11 +143,11 @@ def attend(
     key, value = (x[:number, :, :keys] for x in kept)
     groups = key.shape[1]
     grouped = query.view(number, groups, -1, query.shape[-1])
-    if sinks is None and key.shape[-1] == value.shape[-1]:
+    if query.is_cuda and sinks is None and key.shape[-1] == value.shape[-1]:
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scale)
     else:
-        scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scale
-        scores = scores.masked_fill(~seen, float("-inf"))
+        scores = torch.matmul(grouped, key.transpose(-1, -2)).float()
+        scores = scores.mul_(scale).add_(seen)
         if sinks is not None:
             sink = sinks.float().view(1, groups, -1, 1).expand(number, -1, -1, 1)
             scores = torch.cat((scores, sink), -1)

@@ -58,7 +58,7 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
         if kept is not None:
             stored = kept.store(self.layer, key, value)
             if kept.keys is not None:
-                seen = visible(packed_seq_params, kept, None)
+                seen = visible(packed_seq_params, kept, None, query.dtype)
                 return attend(query, stored, seen, scale=self.scale).flatten(1)
         out: Tensor = super().forward(
             query,

@@ -25,6 +25,7 @@ class Forward:
     def __init__(self, chunks: Sequence[Any], plan: "ModelPlan") -> None:
         self.chunks, self.plan = list(chunks), plan
         self.decoders = [unwrap(chunk) for chunk in chunks]
+        self._modules = [m for decoder in self.decoders for m in decoder.modules()]
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.ranks = dist.get_process_group_ranks(self.pp_group)
@@ -34,15 +35,16 @@ class Forward:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Switch dropout off, and nothing records gradients."""
-        training = [d.training for d in self.decoders]
-        for decoder in self.decoders:
-            decoder.eval()
+        # Module.train() takes a millisecond even for small models, several times a round
+        training = [m for m in self._modules if m.training]
+        for module in training:
+            vars(module)["training"] = False
         try:
             with torch.inference_mode():
                 yield
         finally:
-            for decoder, was in zip(self.decoders, training, strict=True):
-                decoder.train(was)
+            for module in training:
+                vars(module)["training"] = True
 
     def hidden(self, tokens_T: Tensor, row: "PackedRow") -> Tensor | None:
         """Return the last stage's hidden states [T, H]; None on other stages."""
