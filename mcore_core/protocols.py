@@ -14,7 +14,10 @@ from mcore_core.rollout import Request as Request
 from mcore_core.rollout import RewardFn as RewardFn
 from mcore_core.rollout import Rollout as Rollout
 from mcore_core.rollout import RolloutEngine as RolloutEngine
+from mcore_core.rollout import Rounds as Rounds
 from mcore_core.rollout import Sampling as Sampling
+from mcore_core.rollout import Services as Services
+from mcore_core.rollout import Split as Split
 from mcore_core.rollout import Turn as Turn
 from mcore_core.rollout import TurnScheduler as TurnScheduler
 
@@ -154,8 +157,13 @@ class Recipe[B: Batch](Protocol):
     def encode(self, row: Row) -> Unit | None:
         """Turn a row into a unit; None drops it. Raises RowError for a malformed row."""
 
-    def prepare(self, units: list[Unit], run: "StepRun") -> Iterator[list[Unit]]:
-        """Yield the units of each optimizer step over the global batch."""
+    def prepare(self, units: list[Unit], run: "StepRun") -> Iterator[list[Unit] | Split]:
+        """Yield this rank's units of each optimizer step over the global batch.
+
+        A checkpoint may be taken after each yield but the last. A recipe that yields more than once
+        puts the rest into its state, and yields it from `resume(run)`, which is called first after
+        such a checkpoint was loaded.
+        """
 
     def collate(self, units: list[Unit]) -> B:
         """Return one micro-batch, packed."""
@@ -170,7 +178,7 @@ class Recipe[B: Batch](Protocol):
         """Restore it."""
 
 
-class StepRun(Protocol):
+class StepRun(Services, Protocol):
     """What `Recipe.prepare` may ask of the kernel.
 
     Every method is collective: model-parallel ranks call alike, with equal arguments, and

@@ -4,7 +4,7 @@
 a completion.
 """
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mcore_core.config.compose import RunConfig
     from mcore_core.model.build import ModelPlan
-    from mcore_core.protocols import Bridge, ModelChunk, Row, Tuner
+    from mcore_core.protocols import Bridge, ModelChunk, Row, Tuner, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,8 @@ class EngineContext:
     model_path: Path
     """The Hugging Face folder that the policy started from: its config and tokenizer."""
     tuner: "Tuner | None" = None
+    optimizer: Any = None
+    """The policy's optimizer, for engines that move it aside while they generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,3 +175,60 @@ class TurnScheduler(Protocol):
         self, turn: Turn, /
     ) -> "Sequence[Mapping[str, Any]] | Awaitable[Sequence[Mapping[str, Any]] | None] | None":
         """Return messages (of roles user or tool) that the model answers next; None ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """How a recipe that generates takes its data: a recipe has it as the attribute `rounds`.
+
+    A round is one call of `prepare`. It begins with prompts, all of which every data-parallel rank
+    is given, and feeds one or more optimizer steps.
+    """
+
+    prompts: int
+    eval_prompts: int
+    steps: int
+    """Optimizer steps of a round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """This rank's units of a step, divided into micro-batches by the recipe itself.
+
+    As many micro-batches as the batch sizes say; some may be empty.
+    """
+
+    micros: "Sequence[list[Unit]]"
+
+
+class Services(Protocol):
+    """What `prepare` may ask of the kernel beyond scores: see `StepRun`."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step on each data-parallel rank."""
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The engine that the recipe's attribute `engine` names."""
+
+    def draw(self) -> "list[Unit]":
+        """Return the prompts of the next round, which `prepare` is then not called with."""
+
+    def once[T](self, make: "Callable[[], T]", /) -> T:
+        """Call a function on one of the ranks that share a data-parallel rank, for all of them.
+
+        What it raises is raised on each. For what may differ from call to call: rewards.
+        """
+
+    def blend(self, model: str, alpha: float) -> None:
+        """Move the weights of a frozen model towards the policy's: (1 - alpha) of it, alpha."""
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Report numbers with the step that is prepared; the same on every rank."""
+
+    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report completions: text, reward and whatever else, one mapping each."""
+
+    def warn(self, key: str, text: str) -> None:
+        """Warn, once for each key."""

@@ -31,7 +31,7 @@ from mcore_core.data.sources import Loaders, SourceOptions, open_all, stream_row
 from mcore_core.data.store import UnitTable
 from mcore_core.data.stream import Stream, StreamLoader, StreamOptions, in_order, interleaved
 from mcore_core.errors import usage_error
-from mcore_core.protocols import Recipe, Row
+from mcore_core.protocols import Recipe, Rounds, Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,6 +107,14 @@ def open_data(
         rank=dp_rank,
         size=dp_size,
     )
+    eval_share, needed = share, "--global_batch_size"
+    rounds: Rounds | None = getattr(recipe, "rounds", None)
+    if rounds is not None:  # every rank is given all prompts of a round
+        share = Share(global_batch_size=rounds.prompts, micro_batch_size=rounds.prompts)
+        eval_share = Share(
+            global_batch_size=rounds.eval_prompts, micro_batch_size=rounds.eval_prompts
+        )
+        needed = "the prompts of an evaluation step,"
     report = plan.report
     encoder = row_encoder(config, recipe)
     options = source_options(config, recipe)
@@ -117,7 +125,7 @@ def open_data(
         units, held = _mixed(parts, data)
         if not data.val_dataset:
             val_units = held
-    val = _eval_loader(val_units, config, share, capacity, report)
+    val = _eval_loader(val_units, config, eval_share, capacity, report, needed)
     if loading.streaming:
         stream = Stream(
             _StreamRows(tuple(data.dataset), loaders, options, data),
@@ -149,7 +157,7 @@ def open_data(
             report.packing_fill = fill(lengths, len(items), capacity)
     batches = GlobalBatches(
         len(items),
-        train.global_batch_size,
+        share.global_batch_size,
         seed=data.data_seed,
         shuffle=_shuffles(loading),
         lengths=grouped,
@@ -238,6 +246,7 @@ def _eval_loader(
     share: Share,
     capacity: int | None,
     report: DataReport,
+    needed: str,
 ) -> EvalLoader | None:
     iters = config[EvaluationConfig].eval_iters
     if not len(units) or iters == 0:
@@ -247,7 +256,7 @@ def _eval_loader(
     if len(items) < share.global_batch_size:
         kind = "packed rows" if items.packs is not None else "samples"
         report.warnings.append(
-            f"no evaluation: {len(items)} validation {kind}, fewer than --global_batch_size "
+            f"no evaluation: {len(items)} validation {kind}, fewer than {needed} "
             f"{share.global_batch_size}"
         )
         return None

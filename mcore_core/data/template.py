@@ -132,6 +132,16 @@ class Template:
             weights[:] = 1.0
         return self._fitted(ids, weights)
 
+    def render_prompt(self, conversation: Conversation) -> str:
+        """Return the text of all messages and the start of the assistant's turn.
+
+        Raises:
+            RowError: The template refuses these messages.
+            UsageError: The tokenizer has no template.
+        """
+        self._require_template()
+        return self._render(conversation, len(conversation.messages), prompt=True)
+
     def describe(self, unit: Mapping[str, Any]) -> str:
         """Return the unit's text; what trains stands between «»."""
         ids, trains = unit["input_ids"], np.asarray(unit["weights"]) > 0
@@ -166,15 +176,9 @@ class Template:
         return self._plain(text, spans)
 
     def _chat(self, conversation: Conversation) -> tuple[Ids, Weights]:
-        if self.chat_template is None:
-            raise usage_error(
-                "MC411",
-                "the tokenizer has no chat template, and the dataset's rows are conversations",
-                f"tokenizer: {self.tokenizer.name_or_path or type(self.tokenizer).__name__}",
-                NO_TEMPLATE_FIX,
-            )
+        chat_template = self._require_template()
         trained = self._trained(conversation.messages)
-        if GENERATION.search(self.chat_template):
+        if GENERATION.search(chat_template):
             return self._tagged(conversation, trained)
         text = self._render(conversation, len(conversation.messages))
         spans = []
@@ -184,6 +188,16 @@ class Template:
             ids, offsets = self._tokens(text)
             return ids, self._weigh(text, ids, offsets, spans)
         return self._by_prefix(text, spans)
+
+    def _require_template(self) -> str:
+        if self.chat_template is None:
+            raise usage_error(
+                "MC411",
+                "the tokenizer has no chat template, and the dataset's rows are conversations",
+                f"tokenizer: {self.tokenizer.name_or_path or type(self.tokenizer).__name__}",
+                NO_TEMPLATE_FIX,
+            )
+        return self.chat_template
 
     def _tagged(self, conversation: Conversation, trained: set[int]) -> tuple[Ids, Weights]:
         out = self._apply(

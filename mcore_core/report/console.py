@@ -10,15 +10,16 @@ means over the steps since the previous line; the learning rate is the last step
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mcore_core.report import completions
 from mcore_core.report.format import duration, gib, metric
 from mcore_core.report.meters import Means
 from mcore_core.report.series import PER_LAYER
@@ -109,6 +110,10 @@ class ConsoleReport:
             short = name.removeprefix("eval/")
             fields.append((short, metric(short, value)))
         self._fields(fields, style="green")
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print some completions with their rewards."""
+        completions.show(self._stream, step, rows)
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Print that a checkpoint is complete."""

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from mcore_core.context import RunContext
-from mcore_core.report import jsonl
+from mcore_core.report import completions, jsonl
 from mcore_core.report.format import count, duration, short_count, size
 from mcore_core.report.heatmap import heat_maps
 from mcore_core.report.options import option_groups
@@ -63,6 +63,7 @@ def render(run: RunContext, record: RunRecord) -> str:
         tiles=_tiles(run, record, records),
         pictures=_pictures(records),
         heat_maps=heat_maps(jsonl.read(tables) if tables.exists() else ()),
+        samples=completions.samples(run.output_dir / completions.FILE_NAME),
         summary=start_lines(run, record.model, begun_at=record.first_step),
         given=[o for lines in groups.values() for o in lines if o.given],
         groups=groups,

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mcore_core.component import Catalogue
 from mcore_core.config.logging import LoggingConfig
@@ -16,7 +16,7 @@ from mcore_core.config.train import TrainConfig
 from mcore_core.context import RunContext
 from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.protocols import Reporter, StepResult
-from mcore_core.report import jsonl
+from mcore_core.report import completions, jsonl
 from mcore_core.report.console import ConsoleReport
 from mcore_core.report.format import GIB
 from mcore_core.report.meters import Interval, Means, TimeLeft
@@ -49,6 +49,9 @@ class RunReports(Protocol):
         last): what `mcore_log` hooks are given. None at other steps.
         """
 
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report what the model wrote for a step: see mcore_core.report.completions."""
+
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report an evaluation; names get "eval/" in front where they lack it."""
 
@@ -77,6 +80,9 @@ class NullReporters:
     ) -> Mapping[str, float] | None:
         """Do nothing."""
         return None
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Do nothing."""
@@ -151,6 +157,7 @@ class Reporters:
         self._interval, self._left = Interval(), TimeLeft()
         self._file: jsonl.MetricsFile | None = None
         self._tables: jsonl.MetricsFile | None = None
+        self._completions: jsonl.MetricsFile | None = None
         self._board: TensorBoardReport | None = None
         self._external: dict[str, Reporter] = {}
         self._places: dict[str, str] = {}
@@ -216,6 +223,12 @@ class Reporters:
         self._log_external(step, logged)
         return logged
 
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report what the model wrote for a step."""
+        self._guard(completions.FILE_NAME, self._write_completions, step, rows)
+        if rows:
+            self._guard("console", self._console.completions, step, rows)
+
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report an evaluation."""
         named = {k if k.startswith("eval/") else f"eval/{k}": float(v) for k, v in metrics.items()}
@@ -251,10 +264,13 @@ class Reporters:
             self._guard(name, self._close_external, name, reporter)
         if self._board is not None:
             self._guard("tensorboard", self._board.close)
-        if self._file is not None:
-            self._guard("metrics.jsonl", self._file.close)
-        if self._tables is not None:
-            self._guard(jsonl.TABLES, self._tables.close)
+        for name, file in (
+            (jsonl.FILE_NAME, self._file),
+            (jsonl.TABLES, self._tables),
+            (completions.FILE_NAME, self._completions),
+        ):
+            if file is not None:
+                self._guard(name, file.close)
         self._guard("report.html", self._write_html)
         self._guard("console", self._print_end)
 
@@ -292,6 +308,12 @@ class Reporters:
             for name, rows in means.tables.items()
         }
         self._tables.write({"step": step, "steps": means.steps, "tables": tables})
+
+    def _write_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._completions is None:
+            path = self._run.output_dir / completions.FILE_NAME
+            self._completions = jsonl.MetricsFile(path, resumed_step=self._record.first_step)
+        completions.write(self._completions, step, rows)
 
     def _open_board(self) -> None:
         from mcore_core.report.tensorboard import (  # noqa: PLC0415 - a slow import, main rank only

@@ -6,7 +6,8 @@ layouts. Call `mcore_core.compat.apply()` before this module is imported: it imp
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
@@ -27,6 +28,7 @@ from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
 from mcore_core.platform import install
 from mcore_core.protocols import TunerContext
+from mcore_core.rollout import EngineContext
 from mcore_core.testing.parity import (
     Part,
     assemble,
@@ -40,8 +42,9 @@ from mcore_core.train.build import build_model, wrap
 from mcore_core.train.frozen import freeze
 from mcore_core.train.optimizer import build_optimizer, build_schedule
 from mcore_core.train.scoring import ScoredModel
+from mcore_core.train.services import RunServices
 from mcore_core.train.step import Stepper
-from mcore_core.train.stepping import Models, StepView, regroup
+from mcore_core.train.stepping import Models, StepView, flat, regroup
 from mcore_core.train.tuning import build_tuner, installed_tuners
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from mcore_core.config.group import ConfigGroup
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Rule
-    from mcore_core.protocols import Recipe, StepResult, Unit
+    from mcore_core.protocols import Recipe, RolloutEngine, StepResult, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     groups: "tuple[type[ConfigGroup], ...]" = ()
     """Option groups of the recipe's plugin."""
+    engine: "Callable[[EngineContext], RolloutEngine] | None" = None
+    """Builds what generates, for recipes that do."""
     dtype: str = "float32"
     transformer_engine: bool = False
     """Build of Transformer Engine's layers; needs a CUDA device."""
@@ -138,7 +143,34 @@ class Session:
             },
         )
         self.gradients: list[list[Part]] = []
+        self.results: list[StepResult] = []
+        self.services = self._services(recipe)
         self.step = 0
+
+    def _services(self, recipe: "Recipe[Any]") -> RunServices:
+        train = self.config[TrainConfig]
+        samples = train.micro_batch_size * self.layout.dp
+        engine = None
+        if self.case.engine is not None:
+            engine = self.case.engine(
+                EngineContext(
+                    config=self.config,
+                    chunks=self.chunks,
+                    plan=self.plan,
+                    device=self.stepper.device,
+                    tokenizer=None,
+                    bridge=None,  # type: ignore[arg-type]  # no files here
+                    model_path=Path(),
+                    optimizer=self.optimizer,
+                )
+            )
+        return RunServices(
+            micro_batches=train.global_batch_size // samples,
+            draws=(flat(micros) for micros in self.case.steps),
+            engine=engine,
+            policy=self.chunks,
+            frozen={name: model.chunks for name, model in self.models.frozen.items()},
+        )
 
     def _frozen(self, number: int, *, on_cpu: bool) -> ScoredModel:
         """Return a model that differs from the policy: its weights are a little smaller."""
@@ -176,7 +208,12 @@ class Session:
         config.finalize_model_grads_func = wrapped
 
     def micros(self, step: int) -> "list[list[Unit]]":
-        """Return this data-parallel rank's micro-batches of a step, counted from 0."""
+        """Return this data-parallel rank's micro-batches of a step, counted from 0.
+
+        Where the recipe generates in rounds it is all prompts of one.
+        """
+        if getattr(self.stepper.recipe, "rounds", None) is not None:
+            return list(self.case.steps[step])
         first = parallel_state.get_data_parallel_rank()
         return list(self.case.steps[step][first :: self.layout.dp])
 
@@ -185,10 +222,14 @@ class Session:
         results = []
         for _ in range(steps):
             micros = self.micros(self.step)
-            units = [unit for micro in micros for unit in micro]
-            view = StepView(self.models, self.step + 1)
-            for prepared in self.stepper.recipe.prepare(units, view):
-                results.append(self.stepper.train(regroup(prepared, micros), self.step + 1))
+            view = StepView(self.models, len(self.results) + 1, services=self.services)
+            for prepared in self.stepper.recipe.prepare(flat(micros), view):
+                result = self.stepper.train(regroup(prepared, micros), view.step)
+                logged = self.services.take_logged()
+                result = replace(result, metrics={**result.metrics, **logged})
+                results.append(result)
+                self.results.append(result)
+                view.step = len(self.results) + 1
             self.step += 1
         return results
 

@@ -1,10 +1,11 @@
 """The training loop: steps, evaluations, checkpoints, reports; it ends in good order on SIGTERM."""
 
+import dataclasses
 import gc
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,9 @@ from mcore_core.config.weights import WeightsConfig
 from mcore_core.parallel.reduce import any_rank
 from mcore_core.train.facts import params_norm
 from mcore_core.train.flops import step_flops
+from mcore_core.train.services import RunServices
 from mcore_core.train.session import Session, plain_architecture
-from mcore_core.train.stepping import StepView, regroup
+from mcore_core.train.stepping import StepView, flat, regroup
 
 if TYPE_CHECKING:
     from mcore_core.protocols import StepResult, Unit
@@ -48,14 +50,11 @@ def train(session: Session) -> None:
         session.reports.begin(run, session.facts)
         session.hooks.mcore_train_begin(run=run, chunks=session.stepper.chunks)
         waiting = time.perf_counter()
-        for micros in session.data.train if run.step < run.train_iters else ():
-            units = [unit for micro in micros for unit in micro]
-            for prepared in session.recipe.prepare(units, StepView(session.models, run.step + 1)):
-                waited = time.perf_counter() - waiting
-                result = session.stepper.train(regroup(prepared, micros), run.step + 1)
-                run.step += 1
-                _after_step(session, result, waited)
-                waiting = time.perf_counter()
+        for micros in rounds(session) if run.step < run.train_iters else ():
+            waited = time.perf_counter() - waiting
+            result = session.stepper.train(micros, run.step + 1)
+            run.step += 1
+            _after_step(session, result, waited)
             ends = any_rank(stop.wanted, session.stepper.device)
             _maybe_evaluate(session)
             if ends or _saves_now(session):
@@ -69,15 +68,34 @@ def train(session: Session) -> None:
                 break
             if run.step >= run.train_iters:
                 break
+            waiting = time.perf_counter()
         if session.saver.last_step != run.step and not stop.wanted:
             save(session)
         session.saver.close()
+        if session.services.engine is not None:
+            session.services.engine.close()
+
+
+def rounds(session: Session) -> "Iterator[Sequence[list[Unit]]]":
+    """Yield this rank's micro-batches of each step; what a checkpoint has interrupted first."""
+    run, recipe, services = session.run, session.recipe, session.services
+    data = iter(session.data.train)
+    services.draws = (flat(micros) for micros in data)
+    view = StepView(session.models, run.step + 1, services=services)
+    resume = getattr(recipe, "resume", None)
+    for prepared in resume(view) if resume is not None else ():
+        yield regroup(prepared, ())
+        view.step = run.step + 1
+    for micros in data:
+        for prepared in recipe.prepare(flat(micros), view):
+            yield regroup(prepared, micros)
+            view.step = run.step + 1
 
 
 def _after_step(session: Session, result: "StepResult", waited: float) -> None:
     run, stepper = session.run, session.stepper
     logging = run.config[LoggingConfig]
-    extra: dict[str, float] = {}
+    extra = session.services.take_logged()
     if logging.log_timers_to_tensorboard:
         extra |= {
             "timers/data": waited,
@@ -110,19 +128,26 @@ def _maybe_evaluate(session: Session) -> None:
     interval = interval or run.config[CheckpointConfig].save_interval
     if session.data.val is None or (run.step % interval and run.step < run.train_iters):
         return
-    metrics = session.stepper.evaluate(_prepared(session))
+    services = dataclasses.replace(session.services, draws=None, logged={})
+    logged: list[dict[str, float]] = []
+    metrics = session.stepper.evaluate(_prepared(session, services, logged))
+    for name in sorted({name for each in logged for name in each}):
+        values = [each[name] for each in logged if name in each]
+        metrics[name] = sum(values) / len(values)
     if metrics:
         if getattr(session.recipe, "loss_is_nll", False):
             metrics["perplexity"] = math.exp(min(metrics["loss"], LARGEST_EXPONENT))
         session.reports.evaluation(run.step, metrics)
 
 
-def _prepared(session: Session) -> Iterator[list[list["Unit"]]]:
+def _prepared(
+    session: Session, services: RunServices, logged: list[dict[str, float]]
+) -> "Iterator[Sequence[list[Unit]]]":
     assert session.data.val is not None
-    view = StepView(session.models, session.run.step, training=False)
+    view = StepView(session.models, session.run.step, training=False, services=services)
     for micros in session.data.val:
-        units = [unit for micro in micros for unit in micro]
-        for prepared in session.recipe.prepare(units, view):
+        for prepared in session.recipe.prepare(flat(micros), view):
+            logged.append(services.take_logged())
             yield regroup(prepared, micros)
 
 

@@ -31,6 +31,7 @@ from mcore_core.model.moe.find import find_dispatcher
 from mcore_core.protocols import TunerContext
 from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
+from mcore_core.rollout import EngineContext
 from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, environment
@@ -42,6 +43,7 @@ from mcore_core.train.optimizer import (
 )
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
+from mcore_core.train.services import RunServices, build_engine
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models
 from mcore_core.train.tuning import build_tuner, check_same_tuner
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.data.prepare import DataPlan
     from mcore_core.platform.base import Platform
-    from mcore_core.protocols import Bridge, Recipe, Tuner
+    from mcore_core.protocols import Bridge, Recipe, Rounds, Tuner
 
 
 @dataclass(slots=True)
@@ -66,6 +68,7 @@ class Session:
     data: DataBundle
     stepper: Stepper
     models: Models
+    services: RunServices
     bridge: "Bridge"
     saver: Saver
     reports: RunReports
@@ -115,8 +118,8 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         progress=run.is_main,
     )
     run.data = data_facts(data)
-    run.steps_per_epoch = data.train.steps_per_epoch
-    run.train_iters = _train_iters(config, data)
+    run.steps_per_epoch = steps_per_epoch(data, recipe)
+    run.train_iters = _train_iters(config, run.steps_per_epoch)
     on_cpu = platform.name == "cpu"
     plan = model_plan(
         source,
@@ -209,6 +212,28 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         prepared.manager.hook.mcore_checkpoint_saved(run=run, step=step, path=path)
 
     saver = Saver(run.output_dir, config[CheckpointConfig], saved)
+    services = RunServices(
+        micro_batches=config[TrainConfig].global_batch_size
+        // (config[TrainConfig].micro_batch_size * parallel_state.get_data_parallel_world_size()),
+        engine=build_engine(
+            recipe,
+            prepared.manager.catalogue("mcore_rollout_engines"),
+            EngineContext(
+                config=config,
+                chunks=chunks,
+                plan=plan,
+                device=platform.device(),
+                tokenizer=template.tokenizer,
+                bridge=bridge,
+                model_path=source.path,
+                tuner=tuner,
+                optimizer=optimizer,
+            ),
+        ),
+        reports=reports,
+        policy=chunks,
+        frozen={name: model.chunks for name, model in models.frozen.items()},
+    )
     return Session(
         run=run,
         source=source,
@@ -217,6 +242,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         data=data,
         stepper=stepper,
         models=models,
+        services=services,
         bridge=bridge,
         saver=saver,
         reports=reports,
@@ -293,11 +319,18 @@ def data_facts(data: DataBundle) -> dict[str, Any]:
     return facts
 
 
-def _train_iters(config: "RunConfig", data: DataBundle) -> int:
+def steps_per_epoch(data: DataBundle, recipe: "Recipe[Any]") -> float | None:
+    """Return the optimizer steps in one pass over the data; a round may make several."""
+    found = data.train.steps_per_epoch
+    rounds: Rounds | None = getattr(recipe, "rounds", None)
+    return found if found is None or rounds is None else found * rounds.steps
+
+
+def _train_iters(config: "RunConfig", per_epoch: float | None) -> int:
     train = config[TrainConfig]
     if train.train_iters is not None:
         return train.train_iters
-    if data.train.steps_per_epoch is None:
+    if per_epoch is None:
         raise usage_error(
             "MC430",
             "streaming data has no known length",
@@ -305,7 +338,7 @@ def _train_iters(config: "RunConfig", data: DataBundle) -> int:
         )
     assert train.max_epochs is not None, "settle() gives max_epochs"
     # the last batch of the last epoch is filled up from the next one: no sample is left out
-    return max(1, -(-round(train.max_epochs * data.train.steps_per_epoch * 1e6) // 10**6))
+    return max(1, -(-round(train.max_epochs * per_epoch * 1e6) // 10**6))
 
 
 def _resume_from(config: "RunConfig", source: ModelSource) -> "checkpoints.Checkpoint | None":

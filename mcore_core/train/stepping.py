@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mcore_core.protocols import Split
+from mcore_core.train import services
 from mcore_core.train.scoring import ScoredModel, Scorer
+from mcore_core.train.services import RunServices
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mcore_core.protocols import Recipe, Unit
+    from mcore_core.protocols import Recipe, RolloutEngine, Unit
 
 POLICY = "policy"
 
@@ -35,11 +38,12 @@ class Models:
         adapters_off: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Keep the models. A name of the recipe that `frozen` lacks is the policy, adapters off."""
+        self.frozen = dict(frozen or {})
         self._scorers = {
             name: Scorer(model, recipe, device, micro_batch_size=micro_batch_size)
-            for name, model in {POLICY: policy, **(frozen or {})}.items()
+            for name, model in {POLICY: policy, **self.frozen}.items()
         }
-        self._frozen = frozenset(recipe.frozen)
+        self._names = frozenset(recipe.frozen)
         self._adapters_off = adapters_off
 
     def score(
@@ -53,7 +57,7 @@ class Models:
         off: AbstractContextManager[None]
         if name in self._scorers:
             scorer, off = self._scorers[name], nullcontext()
-        elif name in self._frozen and self._adapters_off is not None:
+        elif name in self._names and self._adapters_off is not None:
             scorer, off = self._scorers[POLICY], self._adapters_off()
         else:
             raise KeyError(f"no model {name!r}: there are {', '.join(self._scorers)}")
@@ -61,13 +65,52 @@ class Models:
             return scorer.score(units, entropy=entropy)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepView:
     """Implements protocols.StepRun."""
 
     models: Models
     step: int
     training: bool = True
+    services: RunServices = field(default_factory=RunServices)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on each data-parallel rank."""
+        return self.services.micro_batches
+
+    @property
+    def engine(self) -> "RolloutEngine":
+        """The engine that generates."""
+        assert self.services.engine is not None, "the recipe names no engine"
+        return self.services.engine
+
+    def draw(self) -> "list[Unit]":
+        """Return the prompts of the next round."""
+        assert self.services.draws is not None, "an evaluation cannot draw training data"
+        return next(self.services.draws)
+
+    def once[T](self, make: Callable[[], T], /) -> T:
+        """Call a function on one of the ranks that share this data-parallel rank."""
+        return services.once(make)
+
+    def blend(self, model: str, alpha: float) -> None:
+        """Move a frozen model's weights towards the policy's."""
+        services.blend(self.services.frozen[model], self.services.policy, alpha)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Report numbers with the step that is prepared."""
+        self.services.logged |= metrics
+
+    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report completions."""
+        if self.services.reports is not None:
+            self.services.reports.completions(self.step, rows)
+
+    def warn(self, key: str, text: str) -> None:
+        """Warn, once for each key."""
+        if self.services.reports is not None:
+            self.services.reports.warn_once(key, text)
 
     @property
     def dp(self) -> tuple[int, int]:
@@ -97,8 +140,18 @@ class StepView:
         return self.models.score(model, units, entropy=True)
 
 
-def regroup(units: list["Unit"], micros: Sequence[list["Unit"]]) -> list[list["Unit"]]:
+def flat(micros: Sequence[list["Unit"]]) -> list["Unit"]:
+    """Return the units of all micro-batches, in order."""
+    return [unit for micro in micros for unit in micro]
+
+
+def regroup(
+    prepared: "list[Unit] | Split", micros: Sequence[list["Unit"]]
+) -> Sequence[list["Unit"]]:
     """Divide prepared units into micro-batches as they came; evenly where a recipe changed them."""
+    if isinstance(prepared, Split):
+        return prepared.micros
+    units = prepared
     if len(units) == sum(map(len, micros)):
         iterator = iter(units)
         return [[next(iterator) for _ in micro] for micro in micros]
