@@ -1,1 +1,1 @@
-"""Reward functions for mcore: an empty shell until they land."""
+"""Rewards that a program can check, and reasoning-gym."""
