@@ -161,6 +161,7 @@ class Session:
                     tokenizer=None,
                     bridge=None,  # type: ignore[arg-type]  # no files here
                     model_path=Path(),
+                    tuner=self.tuner,
                     optimizer=self.optimizer,
                 )
             )

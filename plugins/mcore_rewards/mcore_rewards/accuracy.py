@@ -16,9 +16,9 @@ PLAIN = re.compile(r"-?\d+(\.\d+)?")
 
 
 class Accuracy:
-    """1 where the answer equals `solution`, 0 where not; None where the row has none that parses.
+    r"""1 where the answer equals `solution`, 0 where not; None where the row has none that parses.
 
-    The answer is the last \\boxed{} of a completion, or else the last expression in it; what stands
+    The answer is the last \boxed{} of a completion, or else the last expression in it; what stands
     before </think> is left out.
     """
 
@@ -34,7 +34,7 @@ class Accuracy:
                 "MC341",
                 "the reward accuracy needs the package math-verify",
                 f"{type(error).__name__}: {error}",
-                "fix: uv pip install 'mcore-rewards[math]'",
+                "fix: uv pip install math-verify",
             ) from error
         # its time-outs are signals, which threads have not; the run's --reward_timeout holds
         for name in ("math_verify.parser", "math_verify.grader"):

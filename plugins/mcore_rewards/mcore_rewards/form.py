@@ -13,19 +13,8 @@ TAGS = re.compile(
 
 
 def think_answer(rollouts: Sequence[Rollout], /) -> list[float]:
-    """Return 1 where the whole text is <think>...</think><answer>...</answer>, else 0.
-
-    A template whose generation prompt opens <think> leaves that tag out of the completion: it is
-    taken as written.
-    """
-    return [float(bool(TAGS.fullmatch(_opened(rollout)))) for rollout in rollouts]
-
-
-def _opened(rollout: Rollout) -> str:
-    text = rollout.text
-    if "<think>" not in text and "</think>" in text and rollout.prompt_text.endswith("<think>\n"):
-        return "<think>" + text
-    return text
+    """Return 1 where the whole text is <think>...</think><answer>...</answer>, else 0."""
+    return [float(bool(TAGS.fullmatch(rollout.text))) for rollout in rollouts]
 
 
 class Repetition:

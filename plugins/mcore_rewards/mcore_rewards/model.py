@@ -85,7 +85,8 @@ class RewardModel:
     def _ids(self, rollout: Rollout) -> list[int]:
         tokenizer = self.tokenizer
         if tokenizer.chat_template is not None and rollout.messages:
-            text = tokenizer.apply_chat_template(list(rollout.messages), tokenize=False)
+            messages: Any = list(rollout.messages)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = "".join(m["content"] for m in rollout.messages) or rollout.text
