@@ -24,7 +24,7 @@ WIDTH = 160
 """Characters of a text that the console shows."""
 
 
-def write(file: jsonl.MetricsFile, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(file: jsonl.LaterFile, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append the completions of one step. Raises OSError."""
     for row in rows:
         file.write({"step": step, **row})

@@ -156,8 +156,8 @@ class Reporters:
         self._began = clock()
         self._interval, self._left = Interval(), TimeLeft()
         self._file: jsonl.MetricsFile | None = None
-        self._tables: jsonl.MetricsFile | None = None
-        self._completions: jsonl.MetricsFile | None = None
+        self._tables = jsonl.LaterFile(run.output_dir / jsonl.TABLES)
+        self._completions = jsonl.LaterFile(run.output_dir / completions.FILE_NAME)
         self._board: TensorBoardReport | None = None
         self._external: dict[str, Reporter] = {}
         self._places: dict[str, str] = {}
@@ -179,6 +179,7 @@ class Reporters:
         """
         self._running = True
         self._record.first_step = self._record.step = run.step
+        self._tables.resumed_step = self._completions.resumed_step = run.step
         self._record.model = model
         self._console = ConsoleReport(self._stream, total=run.train_iters, start=run.step)
         self._guard("console", self._console.summary, "mcore run", start_lines(run, model))
@@ -225,7 +226,7 @@ class Reporters:
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Report what the model wrote for a step."""
-        self._guard(completions.FILE_NAME, self._write_completions, step, rows)
+        self._guard(completions.FILE_NAME, completions.write, self._completions, step, rows)
         if rows:
             self._guard("console", self._console.completions, step, rows)
 
@@ -300,20 +301,11 @@ class Reporters:
         self._file = jsonl.MetricsFile(path, resumed_step=self._run.step)
 
     def _write_tables(self, step: int, means: Means) -> None:
-        if self._tables is None:
-            path = self._run.output_dir / jsonl.TABLES
-            self._tables = jsonl.MetricsFile(path, resumed_step=self._record.first_step)
         tables = {
             name: {label: [round(v, 6) for v in values] for label, values in rows.items()}
             for name, rows in means.tables.items()
         }
         self._tables.write({"step": step, "steps": means.steps, "tables": tables})
-
-    def _write_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._completions is None:
-            path = self._run.output_dir / completions.FILE_NAME
-            self._completions = jsonl.MetricsFile(path, resumed_step=self._record.first_step)
-        completions.write(self._completions, step, rows)
 
     def _open_board(self) -> None:
         from mcore_core.report.tensorboard import (  # noqa: PLC0415 - a slow import, main rank only

@@ -58,6 +58,26 @@ class MetricsFile:
         self._file.close()
 
 
+class LaterFile:
+    """A MetricsFile that appears with its first line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.resumed_step = 0
+        self._file: MetricsFile | None = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line. Raises OSError."""
+        if self._file is None:
+            self._file = MetricsFile(self.path, resumed_step=self.resumed_step)
+        self._file.write(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
 def encode(record: Mapping[str, Any]) -> str:
     """Return one line of valid JSON."""
     bad = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
