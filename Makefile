@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
 	&& { command -v $$p; break; }; done)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PACKAGES := -e . $(addprefix -e ,$(PLUGINS))
-BENCHMARKS := startup overhead head
+BENCHMARKS := startup overhead head packing tokenizing
 export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export OMP_NUM_THREADS ?= 1

@@ -53,16 +53,25 @@ class Items(Sequence[list[Unit]]):
 class _Steps:
     """A map-style dataset whose index is the step."""
 
-    def __init__(self, items: Items, batches: GlobalBatches, share: Share) -> None:
+    def __init__(
+        self,
+        items: Items,
+        batches: GlobalBatches,
+        share: Share,
+        lengths: "NDArray[np.int64] | None" = None,
+    ) -> None:
         self._items = items
         self._batches = batches
         self._share = share
+        self._lengths = lengths
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, step: int) -> MicroBatches:
-        parts = self._share.take(self._batches.indices(step))
+        batch = self._batches.indices(step)
+        lengths = None if self._lengths is None else self._lengths[batch]
+        parts = self._share.take(batch, lengths)
         return [[unit for i in part for unit in self._items[int(i)]] for part in parts]
 
 
@@ -106,8 +115,12 @@ class TrainLoader:
         share: Share,
         workers: Workers | None = None,
         fingerprint: str = "",
+        lengths: "NDArray[np.int64] | None" = None,
     ) -> None:
-        """Keep what is needed; nothing is started until it is iterated."""
+        """Keep what is needed; nothing is started until it is iterated.
+
+        `lengths` are the items' tokens where ranks are to have about the same to do.
+        """
         self.batches = batches
         self.num_items = len(items)
         self.consumed = 0
@@ -115,7 +128,7 @@ class TrainLoader:
         self._share = share
         self._workers = workers or Workers()
         self._fingerprint = fingerprint
-        self._steps = _Steps(items, batches, share)
+        self._steps = _Steps(items, batches, share, lengths)
 
     @property
     def steps_per_epoch(self) -> float | None:

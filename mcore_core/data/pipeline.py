@@ -135,6 +135,7 @@ def open_data(
                 shuffle=_shuffles(loading) and loading.dataset_shuffle,
                 buffer_size=data.shuffle_buffer_size,
                 packing_length=capacity,
+                balance=_balances(recipe, share, loading) and loading.dataset_shuffle,
             ),
             name=", ".join(data.dataset),
         )
@@ -148,10 +149,10 @@ def open_data(
         units = units.reordered(rng.permutation(len(units)))
     items = _items(units, capacity, loading.packing_num_proc)
     report.train_items = len(items)
-    grouped = None
+    sizes = None
     if not loading.lazy_tokenize:
         lengths = _lengths(units)
-        grouped = item_lengths(items, lengths) if loading.group_by_length else None
+        sizes = item_lengths(items, lengths)
         report.max_length = int(lengths.max())
         if capacity is not None:
             report.packing_fill = fill(lengths, len(items), capacity)
@@ -160,7 +161,7 @@ def open_data(
         share.global_batch_size,
         seed=data.data_seed,
         shuffle=_shuffles(loading),
-        lengths=grouped,
+        lengths=sizes if loading.group_by_length else None,
     )
     loader = TrainLoader(
         items,
@@ -168,6 +169,7 @@ def open_data(
         share=share,
         workers=_workers(config),
         fingerprint=plan.fingerprint,
+        lengths=sizes if _balances(recipe, share, loading) else None,
     )
     return DataBundle(loader, val, report, plan.fingerprint)
 
@@ -217,6 +219,16 @@ def _mixed(parts: list[Any], data: DataConfig) -> tuple[mix.Units, mix.Units]:
         )
         kept = kept[order]
     return mix.Units(parts, kept), mix.Units(parts, held)
+
+
+def _balances(recipe: Recipe[Any], share: Share, loading: DataLoaderConfig) -> bool:
+    """Return whether items may be divided among ranks and micro-batches by their length.
+
+    Where every token counts by itself it makes no difference to the loss which rank has it. Where
+    the order of the data is to be kept, it is.
+    """
+    divided = share.global_batch_size > share.micro_batch_size
+    return recipe.token_local and divided and _shuffles(loading)
 
 
 def _lengths(units: mix.Units) -> "NDArray[np.int64]":
@@ -290,10 +302,15 @@ class _StreamRows:
     data: DataConfig
 
     def __call__(self, epoch: int) -> Iterable[Row | RowError]:
-        parts: list[Iterator[Row | RowError]] = [
-            stream_rows(text, loaders=self.loaders, options=self.options) for text in self.texts
+        opens = [
+            partial(stream_rows, text, loaders=self.loaders, options=self.options)
+            for text in self.texts
         ]
         if self.data.interleave_prob is None:
-            return in_order(parts)
-        rng = np.random.default_rng([self.data.data_seed, 6, epoch])
-        return interleaved(parts, self.data.interleave_prob, rng)
+            return in_order([open_part() for open_part in opens])
+        return interleaved(
+            opens,
+            self.data.interleave_prob,
+            np.random.default_rng([self.data.data_seed, 6, epoch]),
+            all_exhausted=self.data.stopping_strategy == "all_exhausted",
+        )

@@ -94,15 +94,6 @@ def _check(config: "RunConfig", template: "Template") -> list[Problem]:
                 ["fix: --val_dataset FILE, or --streaming false"],
             )
         )
-    if loading.streaming and data.stopping_strategy == "all_exhausted" and data.interleave_prob:
-        problems.append(
-            Problem(
-                "MC416",
-                "--stopping_strategy all_exhausted cannot be used with --streaming true: a stream "
-                "that is used up cannot begin again within an epoch",
-                ["fix: --stopping_strategy first_exhausted, or --streaming false"],
-            )
-        )
     clashes = (
         ("packing", loading.packing, "lazy_tokenize", bool(loading.lazy_tokenize)),
         ("group_by_length", loading.group_by_length, "lazy_tokenize", bool(loading.lazy_tokenize)),

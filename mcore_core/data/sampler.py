@@ -2,7 +2,8 @@
 
 Items are single units, or packs. Epochs follow each other without a gap, so that a global batch
 may span two of them and no item is ever left out. Ranks take their shares of the same global
-batch: micro-batch j of data-parallel rank r is the items [(j * dp + r) * mbs, +mbs) of it.
+batch: micro-batch j of data-parallel rank r is the items [(j * dp + r) * mbs, +mbs) of it, or, where
+it makes no difference to the loss, items of such lengths that ranks wait little for each other.
 Changing the layout, or resuming at another one, therefore never changes what the model sees.
 
 That is also why items are shuffled over the whole set before ranks take their shares, with
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mcore_core.data.balance import balanced
 
 type Index = NDArray[np.int64]
 
@@ -36,10 +39,15 @@ class Share:
         """Micro-batches of one rank in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.size)
 
-    def take(self, batch: Index) -> list[Index]:
-        """Return this rank's micro-batches of a global batch."""
-        parts = batch.reshape(self.num_microbatches, self.size, self.micro_batch_size)
-        return list(parts[:, self.rank])
+    def take(self, batch: Index, lengths: Index | None = None) -> list[Index]:
+        """Return this rank's micro-batches of a global batch.
+
+        With the `lengths` of its items they are divided so that ranks have about the same to do.
+        """
+        micro, size = self.micro_batch_size, self.size
+        if lengths is None:
+            return list(batch.reshape(self.num_microbatches, size, micro)[:, self.rank])
+        return list(batch[balanced(lengths, micro, rank=self.rank, ranks=size)])
 
 
 class GlobalBatches:

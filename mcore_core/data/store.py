@@ -7,7 +7,7 @@ and renamed when complete.
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,12 +138,13 @@ class UnitTable(Sequence[Unit]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._batches: list[Any] | None = None
+        self._readers: dict[int, dict[str, Callable[[int], Any]]] = {}
         lengths = [b.column("length").to_numpy() for b in self._open()]
         self.lengths: NDArray[np.int64] = np.concatenate(lengths).astype(np.int64)
         self._ends = np.cumsum([len(x) for x in lengths])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_batches": None}
+        return self.__dict__ | {"_batches": None, "_readers": {}}
 
     def _open(self) -> list[Any]:
         if self._batches is None:
@@ -166,11 +167,21 @@ class UnitTable(Sequence[Unit]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         at = int(np.searchsorted(self._ends, index, side="right"))
-        batch = self._open()[at]
         row = index - (int(self._ends[at - 1]) if at else 0)
-        unit: Unit = {}
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            value = column[row]
-            values = getattr(value, "values", None)
-            unit[name] = value.as_py() if values is None else values.to_numpy()
-        return unit
+        return {name: column(row) for name, column in self._columns(at).items()}
+
+    def _columns(self, at: int) -> dict[str, Callable[[int], Any]]:
+        """Return what reads one row of each column of a record batch."""
+        if at not in self._readers:
+            batch = self._open()[at]
+            pairs = zip(batch.schema.names, batch.columns, strict=True)
+            self._readers[at] = {name: _reader(column) for name, column in pairs}
+        return self._readers[at]
+
+
+def _reader(column: Any) -> Callable[[int], Any]:  # noqa: ANN401
+    """Return a function from a row to its value; lists are views of the file's memory."""
+    if not hasattr(column, "offsets"):
+        return lambda row: column[row].as_py()
+    values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    return lambda row: values[ends[row] : ends[row + 1]]

@@ -7,7 +7,7 @@ uninterrupted run. One worker process reads, however many are asked for: the ord
 one reader.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -25,6 +25,9 @@ from mcore_core.errors import UsageError
 from mcore_core.protocols import Row, Unit
 
 
+_END: Any = object()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
     """What decides the order of a stream."""
@@ -34,6 +37,8 @@ class StreamOptions:
     buffer_size: int = 1000
     packing_length: int | None = None
     """None does not pack."""
+    balance: bool = False
+    """Divide each global batch so that ranks have about the same to do."""
 
 
 class Stream:
@@ -57,6 +62,11 @@ class Stream:
     def seed(self) -> int:
         """The seed of the order."""
         return self._options.seed
+
+    @property
+    def balances(self) -> bool:
+        """Whether ranks are to have about the same to do."""
+        return self._options.balance
 
     def __iter__(self) -> Iterator[list[Unit]]:
         """Yield items, epoch after epoch."""
@@ -109,16 +119,33 @@ def shuffled[T](values: Iterator[T], size: int, rng: np.random.Generator) -> Ite
 
 
 def interleaved[T](
-    parts: list[Iterator[T]], shares: list[float], rng: np.random.Generator
+    opens: Sequence[Callable[[], Iterable[T]]],
+    shares: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    all_exhausted: bool = False,
 ) -> Iterator[T]:
-    """Yield from parts drawn at random, until one that is drawn has ended."""
-    total = sum(shares)
-    while True:
-        at = int(rng.choice(len(parts), p=[share / total for share in shares]))
-        try:
-            yield next(parts[at])
-        except StopIteration:
-            return
+    """Yield from parts drawn at random, the values of each in order.
+
+    It ends with the last value of the first part that is used up; with `all_exhausted` such parts
+    begin again, until each has been gone through once. As `mix.interleave` for data of known size.
+    """
+    parts = [iter(part()) for part in opens]
+    ahead = [next(part, _END) for part in parts]
+    done = {i for i, value in enumerate(ahead) if value is _END}
+    chances = np.asarray(shares, float) / sum(shares)
+    while not done or (all_exhausted and len(done) < len(parts)):
+        at = int(rng.choice(len(parts), p=chances))
+        value = ahead[at]
+        if value is _END:
+            continue  # a part without any value
+        yield value
+        ahead[at] = next(parts[at], _END)
+        if ahead[at] is _END:
+            done.add(at)
+            if all_exhausted and len(done) < len(parts):
+                parts[at] = iter(opens[at]())
+                ahead[at] = next(parts[at], _END)
 
 
 def in_order[T](parts: list[Iterator[T]]) -> Iterator[T]:
@@ -145,7 +172,8 @@ def _steps(stream: Stream, share: Share, skip: int) -> Iterator[MicroBatches]:
         pass
     while True:
         batch = list(islice(items, share.global_batch_size))
-        parts = share.take(np.arange(len(batch)))
+        lengths = np.array([sum(unit["length"] for unit in item) for item in batch])
+        parts = share.take(np.arange(len(batch)), lengths if stream.balances else None)
         yield [[unit for i in part for unit in batch[i]] for part in parts]
 
 

@@ -155,7 +155,7 @@ class Template:
         """Text as it is, the tokenizer's own BOS before it and EOS after it, each once."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         has_bos = bool(bos) and text.startswith(bos)
-        ids, offsets = self._tokens(text, special=not has_bos)
+        ids, offsets = self._tokens(text, special=not has_bos, located=spans is not None)
         weights = np.ones(len(ids), np.float32)
         if spans is not None:
             weights = self._weigh(text, ids, offsets, spans)
@@ -313,9 +313,10 @@ class Template:
             raise RowError(f"the chat template refuses these messages: {error}") from error
 
     def _tokens(
-        self, text: str, *, special: bool = False
+        self, text: str, *, special: bool = False, located: bool = True
     ) -> tuple[Ids, "NDArray[np.int64] | None"]:
-        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        """Return the tokens and, where they are to be located, the characters each stands for."""
+        fast = located and bool(getattr(self.tokenizer, "is_fast", False))
         out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast)
         ids = np.asarray(out["input_ids"], np.int32)
         offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) if fast else None

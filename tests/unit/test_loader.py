@@ -10,6 +10,7 @@ from mcore_sft.recipe import SFTRecipe
 from mcore_core.data.encode import LazyUnits, RowEncoder
 from mcore_core.data.files import ListRows
 from mcore_core.data.loader import EvalLoader, Items, TrainLoader, Workers
+from mcore_core.data.mix import interleave
 from mcore_core.data.sampler import GlobalBatches, Share
 from mcore_core.data.stream import Stream, StreamLoader, StreamOptions, interleaved, shuffled
 from mcore_core.errors import UsageError
@@ -205,10 +206,38 @@ def test_shuffled_moves_values_no_further_forward_than_the_buffer():
     assert all(value - at < 10 for at, value in enumerate(out))
 
 
-def test_interleaved_ends_with_the_first_part_that_is_used_up():
+@pytest.mark.parametrize("all_exhausted", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 100), (30, 7, 12)])
+def test_interleaving_a_stream_is_interleaving_a_table(sizes, all_exhausted):
+    """Which values come, how often, and where it ends: as mix.interleave says for known sizes."""
+
+    class Draws:
+        """The numbers that mix.interleave draws for its seed, one at a time."""
+
+        def __init__(self, shares):
+            self.rng, self.waiting = np.random.default_rng([3, 2]), []
+            self.shares, self.size = shares, sum(sizes) + 64
+
+        def choice(self, n, p):
+            if not self.waiting:
+                self.waiting = self.rng.choice(n, size=self.size, p=p).tolist()
+            return self.waiting.pop(0)
+
+    shares = np.arange(1, len(sizes) + 1) / sum(range(1, len(sizes) + 1))
+    starts = np.cumsum([0, *sizes])
+    parts = [
+        lambda a=a, n=n: iter(range(a, a + n)) for a, n in zip(starts, sizes, strict=False)
+    ]  # fmt: skip
+    out = list(interleaved(parts, shares, Draws(shares), all_exhausted=all_exhausted))
+    stopping = "all_exhausted" if all_exhausted else "first_exhausted"
+    assert out == interleave(sizes, list(shares), seed=3, stopping=stopping).tolist()
+
+
+def test_interleaving_skips_an_empty_part():
     rng = np.random.default_rng(0)
-    out = list(interleaved([iter("aaaa"), iter("b" * 100)], [0.5, 0.5], rng))
-    assert out.count("a") == 4 and 0 < out.count("b") < 100
+    opens = [lambda: iter(()), lambda: iter("abc")]
+    assert list(interleaved(opens, [0.5, 0.5], rng, all_exhausted=True)) == list("abc")
+    assert list(interleaved(opens, [0.5, 0.5], rng)) == []
 
 
 def test_a_stream_reads_files_again_each_epoch(tmp_path):
