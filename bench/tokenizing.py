@@ -136,7 +136,7 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, f
         def encode(row: dict[str, Any]) -> dict[str, Any]:
             if kind == "text":
                 ids = tokenizer(row["text"])["input_ids"]
-                return {"input_ids": [one + [tokenizer.eos_token_id] for one in ids]}
+                return {"input_ids": [[*one, tokenizer.eos_token_id] for one in ids]}
             mask = kind == "marked"
             out = tokenizer.apply_chat_template(
                 row["messages"], return_dict=True, return_assistant_tokens_mask=mask

@@ -8,12 +8,13 @@ fullest.
 """
 
 import heapq
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 SWAPS = 64

@@ -8,7 +8,7 @@ both; `on_writer` is how the first half's result, or its error, reaches the othe
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any

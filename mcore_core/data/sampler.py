@@ -2,8 +2,9 @@
 
 Items are single units, or packs. Epochs follow each other without a gap, so that a global batch
 may span two of them and no item is ever left out. Ranks take their shares of the same global
-batch: micro-batch j of data-parallel rank r is the items [(j * dp + r) * mbs, +mbs) of it, or, where
-it makes no difference to the loss, items of such lengths that ranks wait little for each other.
+batch: micro-batch j of data-parallel rank r is the items [(j * dp + r) * mbs, +mbs) of it, or,
+where it makes no difference to the loss, items of such lengths that ranks wait little for each
+other.
 Changing the layout, or resuming at another one, therefore never changes what the model sees.
 
 That is also why items are shuffled over the whole set before ranks take their shares, with

@@ -24,7 +24,6 @@ from mcore_core.data.store import Counts
 from mcore_core.errors import UsageError
 from mcore_core.protocols import Row, Unit
 
-
 _END: Any = object()
 
 
