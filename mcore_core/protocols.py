@@ -66,6 +66,18 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Compares each token's distribution with that of a frozen model (see model/divergence.py)."""
+
+    model: str
+    """Its name in the recipe's `frozen`."""
+    beta: float = 0.5
+    """0: KL(teacher || student), 1: KL(student || teacher), else between them."""
+    temperature: float = 1.0
+    """Divides both models' logits, here alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec:
     """What a loss needs to know about each token's distribution."""
 
@@ -73,6 +85,8 @@ class HeadSpec:
     """Also compute the entropy of the distribution (no gradient)."""
     temperature: float = 1.0
     """Divides the logits."""
+    divergence: Divergence | None = None
+    """Also compute the divergence from a frozen model; for losses that are token-local."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +97,8 @@ class HeadOut:
     """Log-probability of each target, in nats."""
     entropy_T: "Tensor | None" = None
     """Entropy of each position's distribution, in nats."""
+    divergence_T: "Tensor | None" = None
+    """Divergence of each position's distribution from the teacher's, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +147,11 @@ class FrozenModel:
     """
 
     model: str | None = None
-    """A Hugging Face folder; None: that of the policy."""
+    """A Hugging Face folder or hub id; None: that of the policy."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    model_type: str | None = None
+    """The family that reads it; None: what its config.json says."""
     load: str | None = None
     """A checkpoint of mcore to take the weights from."""
     adapters: tuple[str, ...] = ()
@@ -140,6 +160,8 @@ class FrozenModel:
     """A checkpoint of mcore that holds its adapters."""
     own_vocabulary: bool = False
     """Its vocabulary may differ from the policy's."""
+    offload: bool = False
+    """Its weights lie in host memory while it is not used."""
 
 
 class Recipe[B: Batch](Protocol):

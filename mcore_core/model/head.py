@@ -10,7 +10,7 @@ Shapes: T tokens, C tokens of a chunk, V this rank's vocabulary rows, H hidden s
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from mcore_core.protocols import HeadOut, HeadSpec, LossOutput
+
+if TYPE_CHECKING:
+    from mcore_core.model.divergence import Teacher
 
 CHUNK_BYTES = 384 * 2**20
 """How much one [C, V] buffer may take."""
@@ -161,9 +164,20 @@ class _Gradients:
             # float32 over chunks; the sum is rounded to the parameter's dtype once
             self.weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
 
-    def add(self, chunk: _Chunk, where: slice, grad_C: Tensor) -> None:
-        """Add what one chunk contributes."""
-        d_logits_CV = chunk.d_logits(grad_C)
+    def add(
+        self, chunk: _Chunk, where: slice, grad_C: Tensor | None, more_CV: Tensor | None = None
+    ) -> None:
+        """Add what one chunk contributes.
+
+        Args:
+            chunk: Its logits, which are overwritten.
+            where: Its tokens.
+            grad_C: Gradient of its log-probabilities; None where the loss has none of them.
+            more_CV: Gradient of its first logits from elsewhere.
+        """
+        d_logits_CV = chunk.logits_CV.zero_() if grad_C is None else chunk.d_logits(grad_C)
+        if more_CV is not None:
+            d_logits_CV[:, : more_CV.shape[1]] += more_CV
         if self.hidden_TH is not None:
             torch.mm(d_logits_CV, chunk.weight_VH, out=self.hidden_TH[where])
         if self.weight_VH is not None:
@@ -200,6 +214,7 @@ class _LocalLoss(torch.autograd.Function):
         vocab: VocabRange,
         spec: HeadSpec,
         loss: ChunkLoss,
+        teacher: "Teacher | None",
         sink: "dict[str, tuple[Tensor, Tensor]]",
     ) -> tuple[Tensor, Tensor]:
         weight_VH = weight[: vocab.rows]
@@ -208,21 +223,31 @@ class _LocalLoss(torch.autograd.Function):
         grads = _Gradients(hidden_TH, weight, hidden=wants_hidden, weight=wants_weight)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
         count = torch.zeros_like(total)
-        pieces = list(chunks_of(len(targets_T), vocab.rows, hidden_TH.element_size()))
+        # a teacher's logits, and float32 copies of both, are there at the same time
+        width = hidden_TH.element_size() * (1 if teacher is None else 6)
+        pieces = list(chunks_of(len(targets_T), vocab.rows, width))
         for where in pieces or [slice(0, 0)]:
             if not pieces:  # nothing trains here: the loss still says what it counts
-                empty = HeadOut(logps_T=hidden_TH.new_zeros(0, dtype=torch.float32))
-                out = loss(empty, where)
+                zeros_T = hidden_TH.new_zeros(0, dtype=torch.float32)
+                out = loss(HeadOut(logps_T=zeros_T, divergence_T=zeros_T), where)
                 total, count = total + out.total, count + out.count
                 _gather_metrics(sink, out)
                 break
             chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], vocab, spec)
             logps_C = chunk.logps_C.requires_grad_(training)
+            inputs = {"logps_T": logps_C}
+            compared = None
+            if teacher is not None:
+                compared = teacher.compare(chunk.logits_CV, where)
+                inputs["divergence_T"] = compared.values_C.requires_grad_(training)
             with torch.set_grad_enabled(training):
-                out = loss(HeadOut(logps_T=logps_C, entropy_T=chunk.entropy_C), where)
+                out = loss(HeadOut(**inputs, entropy_T=chunk.entropy_C), where)
             if training:
-                (grad_C,) = torch.autograd.grad(out.total, logps_C)
-                grads.add(chunk, where, grad_C)
+                found = torch.autograd.grad(out.total, list(inputs.values()), allow_unused=True)
+                more_CV = None
+                if compared is not None and found[1] is not None:
+                    more_CV = compared.d_logits(found[1])
+                grads.add(chunk, where, found[0], more_CV)
             total, count = total + out.total.detach(), count + out.count
             _gather_metrics(sink, out)
         ctx.hidden_grad, ctx.weight_grad = grads.hidden_TH, grads.weight_VH
@@ -238,7 +263,7 @@ class _LocalLoss(torch.autograd.Function):
             hidden = hidden.mul_(grad.to(hidden.dtype))
         if weight is not None:
             weight = weight.mul_(grad.to(weight.dtype)).to(ctx.weight_dtype)
-        return hidden, weight, None, None, None, None, None
+        return hidden, weight, *[None] * 6
 
 
 def _gather_metrics(sink: dict[str, tuple[Tensor, Tensor]], out: LossOutput) -> None:
@@ -314,12 +339,16 @@ def local_loss(
     *,
     vocab: VocabRange,
     spec: HeadSpec,
+    teacher: "Teacher | None" = None,
 ) -> LossOutput:
     """Return the sum of a token-local loss over all tokens, chunk by chunk.
 
     Arguments as in `log_probabilities`; `loss` maps the log-probabilities of a slice of the tokens
-    to its share. `total` is differentiable in `hidden_TH` and `weight`, float64.
+    to its share. With a `teacher` it is given the tokens' divergence too. `total` is differentiable
+    in `hidden_TH` and `weight`, float64.
     """
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
-    total, count = _LocalLoss.apply(hidden_TH, weight, targets_T, vocab, spec, loss, metrics)  # type: ignore[no-untyped-call]
+    total, count = _LocalLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, weight, targets_T, vocab, spec, loss, teacher, metrics
+    )
     return LossOutput(total, count, metrics)

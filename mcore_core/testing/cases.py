@@ -40,6 +40,7 @@ from mcore_core.testing.parity import (
 from mcore_core.testing.ranks import fork_ranks
 from mcore_core.train.build import build_model, wrap
 from mcore_core.train.frozen import freeze
+from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import build_optimizer, build_schedule
 from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.services import RunServices
@@ -68,6 +69,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     groups: "tuple[type[ConfigGroup], ...]" = ()
     """Option groups of the recipe's plugin."""
+    frozen: "Mapping[str, Architecture]" = field(default_factory=dict)
+    """Shapes of frozen models that are not the policy's."""
     engine: "Callable[[EngineContext], RolloutEngine] | None" = None
     """Builds what generates, for recipes that do."""
     dtype: str = "float32"
@@ -113,7 +116,7 @@ class Session:
         state.initialize(platform, layout, seed=seed)
         options = {"sequence_parallel": layout.sp, **case.options}
         self.config = kernel_config(*case.groups, **options)
-        self.plan = _plan(case, layout, self.config)
+        self.plan = _plan(case, case.architecture, layout, self.config)
         on_cpu = platform.name == "cpu"
         chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
         self.tuner = build_tuner(installed_tuners(), self._context())
@@ -138,10 +141,13 @@ class Session:
             platform.device(),
             micro_batch_size=self.config[TrainConfig].micro_batch_size,
             frozen={
-                name: self._frozen(scale, on_cpu=on_cpu)
+                name: self._frozen(name, scale, on_cpu=on_cpu)
                 for scale, name in enumerate(recipe.frozen, start=1)
             },
         )
+        if recipe.head.divergence is not None:
+            teacher = self.models.frozen[recipe.head.divergence.model]
+            self.stepper.guide = Guide(teacher, recipe, self.plan)
         self.gradients: list[list[Part]] = []
         self.results: list[StepResult] = []
         self.services = self._services(recipe)
@@ -173,11 +179,13 @@ class Session:
             frozen={name: model.chunks for name, model in self.models.frozen.items()},
         )
 
-    def _frozen(self, number: int, *, on_cpu: bool) -> ScoredModel:
+    def _frozen(self, name: str, number: int, *, on_cpu: bool) -> ScoredModel:
         """Return a model that differs from the policy: its weights are a little smaller."""
-        chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
+        shape = self.case.frozen.get(name, self.case.architecture)
+        plan = _plan(self.case, shape, self.layout, self.config)
+        chunks = build_model(plan, self.config, on_cpu=on_cpu)
         fill(chunks, scale=0.08 * 0.9**number)
-        return freeze(chunks, self.plan)
+        return freeze(chunks, plan)
 
     @property
     def trainable(self) -> Trainable:
@@ -247,7 +255,9 @@ def default_rules(architecture: "Architecture") -> "Sequence[Rule]":
     return dense_decoder(architecture)
 
 
-def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:
+def _plan(
+    case: Case, architecture: "Architecture", layout: Layout, config: "RunConfig"
+) -> ModelPlan:
     options = config[DistributedConfig]
     split = SplitOptions(
         pipeline_model_parallel_size=layout.pp,
@@ -256,10 +266,12 @@ def _plan(case: Case, layout: Layout, config: "RunConfig") -> ModelPlan:
         decoder_last_pipeline_num_layers=options.decoder_last_pipeline_num_layers,
         pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
     )
+    shapes = (case.architecture, *case.frozen.values())
     return ModelPlan(
-        architecture=case.architecture,
+        architecture=architecture,
         layout=layout,
-        stage_layers=layers_per_stage(case.architecture.num_layers, split),
+        stage_layers=layers_per_stage(architecture.num_layers, split),
+        padded_vocab=-(-max(s.vocab_size for s in shapes) // layout.tp) * layout.tp,
         dtype=DTYPES[case.dtype],
         transformer_engine=case.transformer_engine,
         dispatcher=case.dispatcher or _dispatcher(config),

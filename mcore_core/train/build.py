@@ -33,8 +33,13 @@ def model_plan(
     *,
     max_length: int | None,
     dispatcher: Any = None,  # noqa: ANN401
+    least_vocab: int = 0,
 ) -> ModelPlan:
-    """Return what is to be built."""
+    """Return what is to be built.
+
+    The vocabulary is padded to `least_vocab` rows at least, so that models whose vocabularies
+    differ in size are split over tensor-parallel ranks at the same ids.
+    """
     return ModelPlan(
         architecture=source.architecture,
         layout=source.layout,
@@ -43,7 +48,7 @@ def model_plan(
         transformer_engine=uses_engine(config, platform),
         max_length=max_length,
         dispatcher=dispatcher,
-        padded_vocab=_padded_vocab(config, source),
+        padded_vocab=_padded_vocab(config, source, least_vocab),
         row_multiple=FP8_TOKENS * source.layout.cp * source.layout.tp
         if config[FP8Config].fp8_format
         else 1,
@@ -66,9 +71,11 @@ def uses_engine(config: "RunConfig", platform: "Platform") -> bool:
     return bool(is_te_min_version("2.0.0"))
 
 
-def _padded_vocab(config: "RunConfig", source: ModelSource) -> int | None:
+def _padded_vocab(config: "RunConfig", source: ModelSource, least: int) -> int | None:
     size = config[ModelConfig].padded_vocab_size
-    vocab, tp = source.architecture.vocab_size, source.layout.tp
+    tp, vocab = source.layout.tp, max(source.architecture.vocab_size, least)
+    if size is None and vocab > source.architecture.vocab_size:
+        size = -(-vocab // tp) * tp
     if size is not None and (size < vocab or size % tp):
         raise usage_error(
             "MC506",

@@ -171,6 +171,7 @@ class ForwardStep:
             of_slice,
             vocab=self.vocab,
             spec=recipe.head,
+            teacher=placed.teacher,
         )
 
     def count(self, placed: Placed) -> Tensor:
@@ -179,7 +180,12 @@ class ForwardStep:
         if self.recipe.token_local:
             batch, reduce = select(batch, placed.trained), reduce.take(placed.trained)
         zeros_T = torch.zeros(len(batch.targets_T), device=batch.targets_T.device)
-        entropy_T = zeros_T if self.recipe.head.entropy else None
+        head = self.recipe.head
+        zeros = HeadOut(
+            logps_T=zeros_T,
+            entropy_T=zeros_T if head.entropy else None,
+            divergence_T=zeros_T if head.divergence else None,
+        )
         with torch.no_grad():
-            out = self.recipe.loss(HeadOut(logps_T=zeros_T, entropy_T=entropy_T), batch, reduce)
+            out = self.recipe.loss(zeros, batch, reduce)
         return out.count.double()

@@ -1,5 +1,6 @@
 """The models beside the policy that a recipe asks for, in the policy's layout; none trains."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_mod
 from mcore_core.parallel.stages import layers_per_stage
 from mcore_core.protocols import FrozenModel
 from mcore_core.train.build import build_model, model_plan
+from mcore_core.train.offload import HostWeights
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.manager import PluginManager
+    from mcore_core.model.build import ModelPlan
     from mcore_core.platform.base import Platform
 
 
@@ -41,12 +44,12 @@ def frozen_source(
     weights = config[WeightsConfig]
     path = resolve_model_dir(
         wanted.model,
-        revision=None,
+        revision=wanted.revision,
         use_hf=weights.use_hf,
         token=weights.hub_token,
     )
     hf_config = read_hf_config(path)
-    family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), None)
+    family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), wanted.model_type)
     architecture = family.architecture(hf_config)
     have, want = architecture.vocab_size, policy.architecture.vocab_size
     if have != want and not wanted.own_vocabulary:
@@ -69,6 +72,21 @@ def frozen_source(
     )
 
 
+def largest_vocabulary(
+    wanted: Mapping[str, FrozenModel],
+    policy: ModelSource,
+    config: "RunConfig",
+    manager: "PluginManager",
+) -> int:
+    """Return the rows of the largest vocabulary among the policy's and those of frozen models.
+
+    Raises:
+        UsageError: A folder, its layout or its vocabulary does not fit.
+    """
+    sources = [frozen_source(name, w, policy, config, manager) for name, w in wanted.items()]
+    return max(source.architecture.vocab_size for source in (policy, *sources))
+
+
 def build_frozen(
     wanted: Mapping[str, FrozenModel],
     policy: ModelSource,
@@ -77,13 +95,13 @@ def build_frozen(
     platform: "Platform",
     *,
     bridge_class: Any,  # noqa: ANN401
-    max_length: int | None,
+    plan: "ModelPlan",
     adapters: bool = False,
 ) -> dict[str, ScoredModel]:
     """Build and load every model; collective.
 
     With `adapters` the policy trains adapters only: a model that is the policy as it started is
-    left out, since the policy with its adapters off is that.
+    left out, since the policy with its adapters off is that. `plan` is the policy's.
 
     Raises:
         UsageError: What the user has to change.
@@ -95,7 +113,7 @@ def build_frozen(
             config,
             platform,
             bridge_class=bridge_class,
-            max_length=max_length,
+            policy=plan,
         )
         for name, each in wanted.items()
         if not (adapters and each == FrozenModel())
@@ -109,9 +127,16 @@ def _build(
     platform: "Platform",
     *,
     bridge_class: Any,  # noqa: ANN401
-    max_length: int | None,
+    policy: "ModelPlan",
 ) -> ScoredModel:
-    plan = model_plan(source, config, platform, max_length=max_length)
+    plan = model_plan(
+        source,
+        config,
+        platform,
+        max_length=policy.max_length,
+        dispatcher=policy.dispatcher,
+        least_vocab=policy.padded_vocab_size,
+    )
     chunks = build_model(plan, config, on_cpu=platform.name == "cpu", initialize=False)
     if wanted.load is None:
         bridge_class(source.family, source.architecture).load(chunks, source.path)
@@ -120,7 +145,10 @@ def _build(
         only_weights = {"no_load_optim": True, "no_load_rng": True, "finetune": True}
         options = config[CheckpointConfig].model_copy(update=only_weights)
         load(Trainable(chunks, None, source.layout), found, options)
-    return freeze(chunks, plan)
+    model = freeze(chunks, plan)
+    if not wanted.offload:
+        return model
+    return dataclasses.replace(model, host=HostWeights(chunks, platform.device()))
 
 
 def freeze(chunks: list[Any], plan: Any) -> ScoredModel:  # noqa: ANN401

@@ -18,6 +18,7 @@ from mcore_core.parallel.reduce import RowReduce
 from mcore_core.protocols import Batch
 
 if TYPE_CHECKING:
+    from mcore_core.model.divergence import Teacher
     from mcore_core.parallel.topology import Layout
 
 
@@ -48,6 +49,8 @@ class Placed:
     """Tokens of the whole micro-batch, padding not counted."""
     ahead: tuple[Ahead, ...] = ()
     """For each depth of multi-token prediction."""
+    teacher: "Teacher | None" = None
+    """What the head compares the trained tokens with, on the last pipeline stage."""
 
 
 def select(batch: Batch, index: Tensor | slice) -> Batch:

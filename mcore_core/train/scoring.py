@@ -4,7 +4,7 @@ Shapes: T tokens of this rank's part of a row, L tokens of a unit, K trained tok
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -20,6 +20,7 @@ from mcore_core.model.head import log_probabilities
 from mcore_core.model.names import unwrap
 from mcore_core.protocols import Batch, Unit
 from mcore_core.train.forward import ForwardStep
+from mcore_core.train.offload import HostWeights
 from mcore_core.train.place import Placed, place
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ class ScoredModel:
 
     chunks: Sequence[Any]
     plan: "ModelPlan"
+    host: HostWeights | None = None
+    """Where its weights are while it is not used; None: they stay on the device."""
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Have the weights on the device while the model is used."""
+        return nullcontext() if self.host is None else self.host.resident()
 
 
 @contextmanager
@@ -110,7 +117,7 @@ class Scorer:
         """Return [2, T] of each micro-batch on the last pipeline stage, nothing on the others."""
         chunks = list(self.model.chunks)
         iterators = [iter(placed) for _ in chunks]
-        with torch.no_grad(), eval_mode(chunks):
+        with self.model.resident(), torch.no_grad(), eval_mode(chunks):
             found: list[Tensor] = self.run(
                 forward_step_func=partial(self._step, entropy=entropy),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],

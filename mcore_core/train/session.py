@@ -35,7 +35,8 @@ from mcore_core.rollout import EngineContext
 from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, environment
-from mcore_core.train.frozen import build_frozen
+from mcore_core.train.frozen import build_frozen, largest_vocabulary
+from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import (
     build_optimizer,
     build_schedule,
@@ -127,6 +128,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         platform,
         max_length=template.max_length,
         dispatcher=find_dispatcher(config, prepared.manager.catalogue("mcore_dispatchers")),
+        least_vocab=largest_vocabulary(recipe.frozen, source, config, prepared.manager),
     )
     bridge = bridge_of(prepared)(source.family, source.architecture)
     tuner = build_tuner(
@@ -164,21 +166,24 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         schedule=schedule,
         pin_memory=config[DataLoaderConfig].dataloader_pin_memory,
     )
+    frozen = build_frozen(
+        recipe.frozen,
+        source,
+        config,
+        prepared.manager,
+        platform,
+        bridge_class=bridge_of(prepared),
+        plan=plan,
+    )
     models = Models(
         ScoredModel(chunks=chunks, plan=plan),
         recipe,
         platform.device(),
         micro_batch_size=config[TrainConfig].micro_batch_size,
-        frozen=build_frozen(
-            recipe.frozen,
-            source,
-            config,
-            prepared.manager,
-            platform,
-            bridge_class=bridge_of(prepared),
-            max_length=template.max_length,
-        ),
+        frozen=frozen,
     )
+    if recipe.head.divergence is not None:
+        stepper.guide = Guide(frozen[recipe.head.divergence.model], recipe, plan)
     if resume is not None:
         check_same_tuner(resume, tuner)
         state = Trainable(chunks, optimizer, run.layout, tuner.partial)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mcore_core.model.build import ModelPlan
     from mcore_core.protocols import Recipe
+    from mcore_core.train.guide import Guide
 
 
 SIZES = tuple(f.name for f in dataclasses.fields(StepSize))
@@ -61,6 +62,8 @@ class Stepper:
         self.pin_memory = pin_memory and device.type == "cuda"
         self.forward = ForwardStep(recipe, plan)
         self.schedule_function = get_forward_backward_func()
+        self.guide: Guide | None = None
+        """The frozen model that the recipe's head compares with."""
         self.timers = Timers()
         self.size = StepSize(tokens=0, head_tokens=0, pairs=0)
         """How much data the last step had."""
@@ -102,6 +105,9 @@ class Stepper:
             for units in micros
         ]
 
+    def _guided(self, placed: list[Placed]) -> list[Placed]:
+        return placed if self.guide is None else self.guide.attach(placed)
+
     def train(self, micros: Sequence[list[Unit]], step: int) -> StepResult:
         """Take one optimizer step.
 
@@ -113,7 +119,7 @@ class Stepper:
             RunFailure: The loss is not finite, or nothing in the global batch trains.
         """
         begin = time.perf_counter()
-        placed = self.place(micros)
+        placed = self._guided(self.place(micros))
         count, ahead = self._count(placed)
         self.forward.scale = count.clamp(min=MIN_COUNT).reciprocal()  # stays on the device
         if self.forward.depths:
@@ -171,7 +177,7 @@ class Stepper:
             chunk.eval()
         try:
             for micros in batches:
-                placed = self.place(micros)
+                placed = self._guided(self.place(micros))
                 with torch.no_grad():
                     shares = self._run(placed, forward_only=True)
                 for name, (total, count) in self._totals(shares, placed).items():

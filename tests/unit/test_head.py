@@ -265,4 +265,4 @@ def test_large_logits_do_not_overflow():
 
 def test_head_out_names():
     """Recipes and plugins rely on these."""
-    assert list(HeadOut.__dataclass_fields__) == ["logps_T", "entropy_T"]
+    assert list(HeadOut.__dataclass_fields__) == ["logps_T", "entropy_T", "divergence_T"]
