@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mcore_core.context import RunContext
     from mcore_core.data.template import Template
     from mcore_core.model.architecture import Architecture
-    from mcore_core.model.family import Family
+    from mcore_core.model.family import Family, Rule
 
 type Row = dict[str, Any]
 """One row of a dataset, as the source gives it."""
@@ -251,12 +251,46 @@ class Bridge(Protocol):
         """Fill this rank's parameters from the folder. Raises UsageError naming every problem."""
 
     def save(
-        self, chunks: Sequence[ModelChunk], path: Path, *, max_shard_size: int, source: Path | None
+        self,
+        chunks: Sequence[ModelChunk],
+        path: Path,
+        *,
+        max_shard_size: int,
+        source: Path | None,
+        weights: "Mapping[str, Tensor] | None" = None,
     ) -> None:
-        """Write an HF checkpoint; collective. `source` gives config.json and tokenizer files."""
+        """Write an HF checkpoint; collective. `source` gives config.json and tokenizer files.
 
-    def export(self, chunks: Sequence[ModelChunk]) -> "Iterator[tuple[str, Tensor]]":
+        `weights` are written in place of the chunks' own, by canonical name: those of
+        `Tuner.merged`, for example.
+        """
+
+    def export(
+        self,
+        chunks: Sequence[ModelChunk],
+        *,
+        weights: "Mapping[str, Tensor] | None" = None,
+    ) -> "Iterator[tuple[str, Tensor]]":
         """Yield full HF-named tensors, in the same order on every rank; collective."""
+
+    def load_table(
+        self, rules: "Sequence[Rule]", tensors: "Mapping[str, Tensor]", file: Path
+    ) -> None:
+        """Fill tensors that a tuner has added from one safetensors file, by a table of their own.
+
+        Args:
+            rules: How the file's tensors make up the given ones.
+            tensors: This rank's parts, by canonical name.
+            file: The file.
+
+        Raises:
+            UsageError: Naming every tensor that is missing, left over or of another shape.
+        """
+
+    def save_table(
+        self, rules: "Sequence[Rule]", tensors: "Mapping[str, Tensor]", file: Path
+    ) -> None:
+        """Write such a file; collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +309,8 @@ class Tuner(Protocol):
 
     partial: bool
     """True where checkpoints hold only what trains: the rest is the model that the run names."""
+    mergeable: bool
+    """True where `merged` gives a model of the same architecture."""
 
     def __init__(self, context: TunerContext, /) -> None:
         """Read the options. Raises UsageError naming every problem."""
@@ -293,6 +329,9 @@ class Tuner(Protocol):
 
         The model's own are left as they are. Values may be computed when they are asked for.
         """
+
+    def absorb(self, chunks: Sequence[ModelChunk]) -> None:
+        """Put what `merged` returns in the place of the weights, for good: before an export."""
 
     def export(self, chunks: Sequence[ModelChunk], path: Path) -> None:
         """Write the trained part in its interchange format, if it has one; collective."""

@@ -46,6 +46,11 @@ def final_path(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+def merged_path(run: Path, step: int) -> Path:
+    """Return the folder of the model that a checkpoint's adapters make, merged."""
+    return run / f"checkpoint-{step}-merged"
+
+
 def partial_path(run: Path, step: int) -> Path:
     """Return the folder in which a checkpoint is written."""
     return run / f"{_PARTIAL}{step}"
@@ -130,5 +135,6 @@ def retain(run: Path, interval: int | None) -> list[Path]:
             doomed = run / f"{_DOOMED}{checkpoint.step}"
             checkpoint.path.rename(doomed)  # at once, so that no half-deleted one looks complete
             shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(merged_path(run, checkpoint.step), ignore_errors=True)
             gone.append(checkpoint.path)
     return gone

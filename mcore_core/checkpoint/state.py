@@ -68,7 +68,7 @@ def sharded_state(
         weights = unwrap(chunk).sharded_state_dict(metadata=meta)
         # Transformer Engine's extra state holds FP8 scales only: without it a checkpoint is the
         # same whichever implementation wrote it
-        kept = trained(chunk) if run.partial else weights.keys()
+        kept = trained(chunk) if run.partial else {k for k in weights if ".adapter." not in k}
         state[chunk_key(i, run.chunks)] = {
             k: v for k, v in weights.items() if k in kept and not k.endswith("_extra_state")
         }

@@ -1,5 +1,6 @@
 """What `mcore export` does: one model through megatron-core, written for one side or the other."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mcore_core.cli.prepared import PreparedExport
     from mcore_core.model.build import ModelPlan
     from mcore_core.platform.base import Platform
+    from mcore_core.protocols import Tuner
     from mcore_core.train.plan import ModelSource
 
 
@@ -25,7 +27,7 @@ def convert(prepared: "PreparedExport") -> None:
     config = prepared.config
     target = Path(config[CheckpointConfig].save or "").expanduser()
     _check_target(target, exist_ok=config[ExportConfig].exist_ok)
-    prepared = _with_model(prepared)
+    prepared = _with_model(_with_adapter(prepared))
     source = source_of(prepared)
     platform = begin(prepared, source)
     from mcore_core.parallel.state import shut_down  # noqa: PLC0415
@@ -35,7 +37,17 @@ def convert(prepared: "PreparedExport") -> None:
     plan = model_plan(source, prepared.config, platform, max_length=None)
     chunks = build_model(plan, prepared.config, on_cpu=platform.name == "cpu", initialize=False)
     bridge = bridge_of(prepared)(source.family, source.architecture)
+    tuner = _tuner(prepared, source, bridge)
+    tuner.apply(chunks)
     _load(prepared, source, chunks, bridge)
+    tuner.load(chunks)
+    if tuner.partial and prepared.config[WeightsConfig].merge_lora:
+        tuner.absorb(chunks)
+    elif tuner.partial:
+        _write_adapter(prepared, source, chunks, tuner, target)
+        _say(f"wrote {target}")
+        shut_down()
+        return
     if config[ExportConfig].to_hf:
         target.mkdir(parents=True, exist_ok=True)
         bridge.save(
@@ -53,6 +65,66 @@ def convert(prepared: "PreparedExport") -> None:
         folder = target if config[ExportConfig].to_hf else source.path
         _test_precision(prepared, chunks, plan, folder, platform)
     shut_down()
+
+
+def _tuner(prepared: "PreparedExport", source: "ModelSource", bridge: Any) -> "Tuner":  # noqa: ANN401
+    from mcore_core.protocols import TunerContext  # noqa: PLC0415
+    from mcore_core.train.tuning import build_tuner  # noqa: PLC0415  (megatron)
+
+    context = TunerContext(
+        config=prepared.config,
+        family=source.family,
+        architecture=source.architecture,
+        bridge=bridge,
+    )
+    return build_tuner(prepared.manager.catalogue("mcore_tuners"), context)
+
+
+def _write_adapter(
+    prepared: "PreparedExport",
+    source: "ModelSource",
+    chunks: list[Any],
+    tuner: "Tuner",
+    target: Path,
+) -> None:
+    """Write the adapter alone, in PEFT's format or as a checkpoint for `--adapter_load`."""
+    if prepared.config[ExportConfig].to_hf:
+        tuner.export(chunks, target)
+    else:
+        _save_state(prepared, source, chunks, target, tuner=tuner)
+
+
+def _with_adapter(prepared: "PreparedExport") -> "PreparedExport":
+    """Where `--load` is a checkpoint of adapters, take its PEFT adapter and the model it is for."""
+    from mcore_core.checkpoint import folders  # noqa: PLC0415
+
+    config = prepared.config
+    if config[WeightsConfig].adapters and config[WeightsConfig].merge_lora is None:
+        return replace(prepared, config=config.replace(merge_lora=True))
+    load = config[CheckpointConfig].load
+    if load is None:
+        return prepared
+    checkpoint = folders.require(Path(load).expanduser())
+    trained = checkpoint.training.get("tuner", {})
+    if trained.get("tuner_type", "full") == "full":
+        return prepared
+    path = checkpoint.path / "adapter_config.json"
+    if not path.is_file():
+        raise usage_error(
+            "MC558",
+            f"{checkpoint.path} holds no model: its run trained {trained['tuner_type']} adapters",
+            "fix: --adapters with the adapter in PEFT's format, and --model",
+        )
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    merge = config[WeightsConfig].merge_lora
+    changed = config.replace(
+        load=None,
+        model=config[WeightsConfig].model or base,
+        adapters=[str(checkpoint.path)],
+        tuner_type=trained["tuner_type"],
+        merge_lora=True if merge is None else merge,
+    )
+    return replace(prepared, config=changed)
 
 
 def _reload(
@@ -129,8 +201,14 @@ def _load(
 
 
 def _save_state(
-    prepared: "PreparedExport", source: "ModelSource", chunks: list[Any], target: Path
+    prepared: "PreparedExport",
+    source: "ModelSource",
+    chunks: list[Any],
+    target: Path,
+    *,
+    tuner: "Tuner | None" = None,
 ) -> None:
+    """Write a checkpoint of the model, or of what a tuner has added to it."""
     from mcore_core.checkpoint.save import Contents, Saver  # noqa: PLC0415  (megatron)
     from mcore_core.checkpoint.state import Trainable  # noqa: PLC0415
     from mcore_core.train.session import plain_architecture  # noqa: PLC0415
@@ -145,6 +223,7 @@ def _save_state(
         "architecture": plain_architecture(source),
         "has_optimizer": False,
         "has_rng": False,
+        **({"tuner": tuner.identity()} if tuner else {}),
     }
 
     def copy_config(folder: Path) -> None:
@@ -154,7 +233,7 @@ def _save_state(
 
     contents = Contents(step=0, training=training, common={}, write_model=copy_config)
     target.mkdir(parents=True, exist_ok=True)
-    saver.save(Trainable(chunks, None, source.layout), contents)
+    saver.save(Trainable(chunks, None, source.layout, partial=tuner is not None), contents)
 
 
 def _check_target(target: Path, *, exist_ok: bool) -> None:

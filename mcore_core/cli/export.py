@@ -18,6 +18,7 @@ from mcore_core.errors import Problem, UsageError
 
 USAGE = """\
 usage: mcore export --to_hf --load RUN --save DIR [--option value ...]
+       mcore export --to_hf --model DIR --adapters DIR --save DIR [--option value ...]
        mcore export --to_hf --model DIR --save DIR [--option value ...]
        mcore export --to_mcore --model DIR --save DIR [--option value ...]
 
@@ -83,6 +84,18 @@ def _check(config: RunConfig) -> Iterator[Problem]:
         yield Problem("MC323", f"{way} needs {either}", [f"fix: --{sources[0]} FOLDER"])
     if config.get("save") is None:
         yield Problem("MC323", f"{way} needs --save", ["fix: --save FOLDER"])
+    if config.get("adapters") and config.get("model") is None:
+        yield Problem(
+            "MC323",
+            "--adapters needs the model that the adapter was trained on",
+            ["fix: --model FOLDER"],
+        )
+    if config.get("adapters") and export.to_hf and config.get("load") is not None:
+        yield Problem(
+            "MC320",
+            "--adapters and --load both say what is exported",
+            ["fix: keep one of them; --load takes a checkpoint of a LoRA run, too"],
+        )
     if export.to_mcore and config.get("load") is not None:
         yield Problem(
             "MC320",

@@ -27,21 +27,6 @@ REFUSED: Mapping[str, Refusal] = {
     ),
     "freeze_vit": (_any, _VISION),
     "freeze_aligner": (_any, _VISION),
-    **dict.fromkeys(
-        (
-            "freeze_parameters",
-            "freeze_parameters_regex",
-            "freeze_parameters_ratio",
-            "trainable_parameters",
-            "trainable_parameters_regex",
-            "adapter_load",
-            "adapters",
-            "merge_lora",
-            "modules_to_save",
-            "lora_bias",
-        ),
-        (_any, "not written yet"),
-    ),
     "vit_lr": (_any, _VISION),
     "aligner_lr": (_any, _VISION),
     "moe_apply_probs_on_input": (

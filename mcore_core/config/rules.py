@@ -40,6 +40,14 @@ _CHUNKS: Needed = (
     "--num_virtual_stages_per_pipeline_rank",
 )
 
+_FROZEN: Needed = (
+    lambda config: any(
+        config.get(name)
+        for name in ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio")
+    ),
+    "--freeze_parameters or --freeze_parameters_regex or --freeze_parameters_ratio",
+)
+
 NEEDS: dict[str, Needed] = {
     "packing_length": _on("packing"),
     "packing_num_proc": _on("packing"),
@@ -71,6 +79,31 @@ NEEDS: dict[str, Needed] = {
     "wandb_save_dir": _TRACKER,
     "overlap_param_gather": _on("overlap_grad_reduce"),
     "microbatch_group_size_per_virtual_pipeline_stage": _CHUNKS,
+    **dict.fromkeys(
+        (
+            "freeze_parameters",
+            "freeze_parameters_regex",
+            "freeze_parameters_ratio",
+        ),
+        _is("tuner_type", "full"),
+    ),
+    "trainable_parameters": _FROZEN,
+    "trainable_parameters_regex": _FROZEN,
+    **dict.fromkeys(
+        (
+            "adapter_load",
+            "merge_lora",
+            "target_modules",
+            "target_regex",
+            "modules_to_save",
+            "lora_rank",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_bias",
+            "use_rslora",
+        ),
+        _is("tuner_type", "lora"),
+    ),
     "chat_template": _on("use_chat_template"),
     "enable_thinking": _on("use_chat_template"),
 }
@@ -80,7 +113,7 @@ NEEDS: dict[str, Needed] = {
 def check_options(config: RunConfig) -> list[Problem]:
     """Return every contradiction that needs no model, machine or data to be seen."""
     problems = [*_required(config), *_length(config), *_data(config), *_schedule(config)]
-    problems += [*_precision(config), *_machines(config)]
+    problems += [*_precision(config), *_machines(config), *_tuner(config)]
     for name, (holds, text) in NEEDS.items():
         if config.changed(name) and not holds(config):
             message = f"--{name} {as_typed(config.get(name))} does nothing without {text}"
@@ -185,6 +218,35 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
             "MC320",
             f"--{name} and --torch_dtype {dtype} ask for different number types",
             ["fix: keep one of them"],
+        )
+
+
+def _tuner(config: RunConfig) -> Iterator[Problem]:
+    adapters, kind = config.get("adapters"), config.get("tuner_type")
+    if adapters and kind != "lora":
+        yield Problem(
+            "MC320",
+            f"--tuner_type {kind} trains no adapter, and --adapters names one",
+            ["fix: leave out --tuner_type, or merge the adapter with mcore export --merge_lora"],
+        )
+    if adapters and config.get("adapter_load"):
+        yield Problem(
+            "MC320",
+            "--adapters and --adapter_load both say what the adapter starts from",
+            ["fix: keep one of them"],
+        )
+    if config.get("target_regex") is not None and config.changed("target_modules"):
+        yield Problem(
+            "MC320",
+            "--target_regex and --target_modules both say which modules get an adapter",
+            ["fix: keep one of them"],
+        )
+    if kind == "lora" and config.get("load_safetensors") is False:
+        yield Problem(
+            "MC320",
+            "--load_safetensors false leaves the model at random, and adapters are trained on its "
+            "weights",
+            ["fix: leave out --load_safetensors"],
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mcore_core.checkpoint.save import Contents
+from mcore_core.checkpoint import folders as checkpoints
+from mcore_core.checkpoint.save import Contents, writing
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.evaluation import EvaluationConfig
 from mcore_core.config.logging import LoggingConfig
@@ -192,16 +194,41 @@ def save(session: Session) -> None:
 
 def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> None:
     """Write what other programs read: safetensors, tokenizer, options."""
-    if session.run.is_main:
-        options = (session.run.output_dir / "run.yaml").read_text(encoding="utf-8")
+    run, tuner = session.run, session.tuner
+    if run.is_main:
+        options = (run.output_dir / "run.yaml").read_text(encoding="utf-8")
         (folder / "run.yaml").write_text(options, encoding="utf-8")
-    if session.tuner.partial:
-        session.tuner.export(session.stepper.chunks, folder)
+    chunks = session.stepper.chunks
+    if tuner.partial:
+        tuner.export(chunks, folder)
+        wanted = run.config[WeightsConfig].merge_lora
+        if (hf and tuner.mergeable) if wanted is None else wanted:
+            _write_merged(session, max_shard)
     elif hf:
-        session.bridge.save(
-            session.stepper.chunks, folder, max_shard_size=max_shard, source=session.source.path
-        )
+        session.bridge.save(chunks, folder, max_shard_size=max_shard, source=session.source.path)
     dist.barrier()
+
+
+def _write_merged(session: Session, max_shard: int) -> None:
+    """Write the model with the adapters in its weights, in a folder beside the checkpoint."""
+    run, chunks = session.run, session.stepper.chunks
+    final = checkpoints.merged_path(run.output_dir, run.step)
+    unfinished = final.with_name(f".partial-{final.name}")
+    if run.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    dist.barrier()
+    with writing(unfinished):
+        session.bridge.save(
+            chunks,
+            unfinished,
+            max_shard_size=max_shard,
+            source=session.source.path,
+            weights=session.tuner.merged(chunks),
+        )
+    if run.is_main:
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class AllWeights:
     """Trains every parameter: what `--tuner_type full` is where no plugin knows more."""
 
     partial = False
+    mergeable = True
 
     def __init__(self, context: "TunerContext") -> None:
         """Keep the options."""
@@ -45,6 +46,9 @@ class AllWeights:
     def merged(self, chunks: "Sequence[ModelChunk]") -> Mapping[str, Tensor]:
         """Return the weights."""
         return named_weights(chunks)
+
+    def absorb(self, chunks: "Sequence[ModelChunk]") -> None:
+        """There is nothing beside the weights."""
 
     def export(self, chunks: "Sequence[ModelChunk]", path: Path) -> None:
         """There is no adapter."""

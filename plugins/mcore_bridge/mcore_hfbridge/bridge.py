@@ -7,16 +7,16 @@ from mcore_hfbridge.export import export
 from mcore_hfbridge.load import load
 from mcore_hfbridge.plan import Plan
 from mcore_hfbridge.ranks import Ranks
-from mcore_hfbridge.save import save
+from mcore_hfbridge.save import save, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
 
     from mcore_core.model.architecture import Architecture
-    from mcore_core.model.family import Family
+    from mcore_core.model.family import Family, Rule
     from mcore_core.protocols import ModelChunk
 
 
@@ -24,6 +24,7 @@ class HFBridge:
     """Moves weights between Hugging Face safetensors and megatron-core; see protocols.Bridge."""
 
     def __init__(self, family: "Family", architecture: "Architecture") -> None:
+        self.family, self.architecture = family, architecture
         self.plan = Plan(family, architecture)
         others = [Plan(family, architecture, rules(architecture)) for rules in family.also_reads]
         self.plans = [self.plan, *others]
@@ -40,15 +41,36 @@ class HFBridge:
         *,
         max_shard_size: int,
         source: "Path | None",
+        weights: "Mapping[str, torch.Tensor] | None" = None,
     ) -> None:
         """Write an HF checkpoint; collective. Files hold at most `max_shard_size` bytes."""
-        weights = _weights(chunks)
-        save(self.plan, weights, path, Ranks.of(weights), max_shard_size, source)
+        own = _weights(chunks)
+        written = own if weights is None else weights
+        save(self.plan, written, path, Ranks.of(own), max_shard_size, source)
 
-    def export(self, chunks: "Sequence[ModelChunk]") -> "Iterator[tuple[str, torch.Tensor]]":
+    def export(
+        self,
+        chunks: "Sequence[ModelChunk]",
+        *,
+        weights: "Mapping[str, torch.Tensor] | None" = None,
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield full HF-named tensors, in the same order on every rank; collective."""
-        weights = _weights(chunks)
-        yield from export(self.plan, weights, Ranks.of(weights))
+        own = _weights(chunks)
+        yield from export(self.plan, own if weights is None else weights, Ranks.of(own))
+
+    def load_table(
+        self, rules: "Sequence[Rule]", tensors: "Mapping[str, torch.Tensor]", file: "Path"
+    ) -> None:
+        """Fill a tuner's tensors from one file; collective. Raises UsageError as `load` does."""
+        plan = Plan(self.family, self.architecture, rules)
+        load([plan], tensors, file.parent, Ranks.of(tensors), file=file.name)
+
+    def save_table(
+        self, rules: "Sequence[Rule]", tensors: "Mapping[str, torch.Tensor]", file: "Path"
+    ) -> None:
+        """Write a tuner's tensors into one file; collective."""
+        plan = Plan(self.family, self.architecture, rules)
+        save_file(plan, tensors, file, Ranks.of(tensors))
 
     def coverage(self, path: "Path") -> Coverage:
         """Return which tensors of a folder each rule claims; reads headers only."""

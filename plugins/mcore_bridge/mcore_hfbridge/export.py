@@ -85,7 +85,7 @@ def assemble(
     receives = to is None or to == ranks.rank
     held = ranks.held
     dtypes = {n: held[plan.hf[n].held_by[0][0]].dtype for n in names}
-    device = next(iter(weights.values())).device
+    device = _device(weights)
     whole = {
         n: torch.empty(
             plan.hf[n].shape, dtype=dtypes[n], device=device if to is None else torch.device("cpu")
@@ -109,6 +109,14 @@ def assemble(
             if receives:
                 scatter(whole, transfers, flat)
     return whole
+
+
+def _device(weights: Mapping[str, torch.Tensor]) -> torch.device:
+    """Return where the weights are; a rank may hold none of a tuner's."""
+    first = next(iter(weights.values()), None)
+    if first is not None:
+        return first.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def transfers_of(

@@ -55,9 +55,13 @@ class HFFiles:
     _open: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def scan(cls, folder: Path) -> "HFFiles":
-        """Read every header. Raises UsageError naming each file that is missing or damaged."""
-        names, listed = _file_names(folder)
+    def scan(cls, folder: Path, file: str | None = None) -> "HFFiles":
+        """Read every header, or that of one file.
+
+        Raises:
+            UsageError: Naming each file that is missing or damaged.
+        """
+        names, listed = _file_names(folder) if file is None else ([file], None)
         tensors: dict[str, HFTensor] = {}
         problems: list[Problem] = []
         for name in names:

@@ -21,7 +21,12 @@ BUCKET = 64 * 2**20
 
 
 def load(
-    plans: "Sequence[Plan]", weights: Mapping[str, torch.Tensor], path: Path, ranks: Ranks
+    plans: "Sequence[Plan]",
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    ranks: Ranks,
+    *,
+    file: str | None = None,
 ) -> None:
     """Fill `weights` from the folder; collective. Raises UsageError naming every problem.
 
@@ -30,11 +35,12 @@ def load(
         weights: This rank's weights.
         path: The folder.
         ranks: Who holds what.
+        file: The one file in it that is read; None: the model's.
     """
     problems: list[Problem] = []
     files, plan = None, plans[0]
     try:
-        files = HFFiles.scan(path)
+        files = HFFiles.scan(path, file)
         plan = choose(plans, files)
         problems += plan.check_files(files)
     except UsageError as error:

@@ -87,6 +87,33 @@ def save(
     agree(_finish(plan, path, files, sizes, ranks, source) if main else [])
 
 
+def save_file(
+    plan: "Plan", weights: Mapping[str, torch.Tensor], path: Path, ranks: "Ranks"
+) -> None:
+    """Write all tensors of a plan into one file, by the first rank; collective."""
+    main = ranks.rank == 0 and ranks.replica == 0
+    problems = _make_folder(path.parent) if main else []
+    agree(problems)
+    entries = file_order(_entries(plan, ranks, list(plan.hf)))
+    unfinished = path.with_name(_partial(path.name))
+    writer = Writer(unfinished, entries) if main else None
+    if ranks.replica == 0:
+        for names in pack({e.name: e.nbytes for e in entries}, BUCKET):
+            tensors = assemble(plan, weights, ranks, names, to=0)
+            if writer is not None and not problems:
+                problems += _attempt(partial(writer.write, tensors), path.parent)
+    if writer is not None:
+        problems += _attempt(writer.close, path.parent)
+    try:
+        agree(problems)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if main:
+        unfinished.replace(path)
+    agree([])
+
+
 def _named(runs: list[list[str]]) -> dict[str, list[str]]:
     """Return file name -> tensors, as transformers names them."""
     if len(runs) == 1:

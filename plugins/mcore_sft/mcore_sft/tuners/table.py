@@ -1,7 +1,7 @@
 """A family's table with the names that transformers has in memory, spelled out weight by weight."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +45,14 @@ def memory_rules(family: "Family", architecture: "Architecture") -> "Sequence[Ru
     """
     rules = family.also_reads[-1] if family.also_reads else family.rules
     return rules(architecture)
+
+
+def tied_head(table: "Sequence[Entry]") -> Entry:
+    """Return what the output layer would be, were it not the embedding: a place for an adapter."""
+    embedding = next(e for e in table if e.weight == "embedding.word_embeddings.weight")
+    names = ("lm_head.weight",)
+    rule = replace(embedding.rule, hf=names, mcore="output_layer.weight", hf_copies=())
+    return replace(embedding, rule=replace(rule, hf_twins=()), hf=names, weight=rule.mcore)
 
 
 def entries(rules: "Sequence[Rule]") -> Iterator[Entry]:
