@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mcore_core.cli.arguments import parse
-from mcore_core.cli.prepare import Groups, known_flags, open_session
+from mcore_core.cli.prepare import Groups, Provided, known_flags, open_session
 from mcore_core.cli.render import render_options
 from mcore_core.config.export import ExportConfig
 from mcore_core.config.kernel import KERNEL
@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def all_options(kernel: Groups, provided: Groups) -> list[Option]:
+def all_options(kernel: Groups, provided: Provided) -> list[Option]:
     """Return every option; those of different plugins may share a name."""
     options = list(collect_options(kernel).values())
-    for group, plugin in provided.items():
+    for group, plugin in provided:
         options += collect_options({group: plugin}).values()
     return options
 

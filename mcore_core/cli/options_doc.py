@@ -29,7 +29,7 @@ later files over earlier ones, files over the recipe's defaults, and those over 
 def render() -> str:
     """Return the page: the kernel's options and those of the plugins in this repository."""
     session = open_session()
-    ours = {group: p for group, p in session.provided.items() if p in FIRST_PARTY}
+    ours = [(group, p) for group, p in session.provided if p in FIRST_PARTY]
     sections: defaultdict[tuple[str, str], list[Option]] = defaultdict(list)
     for option in all_options(session.kernel | {ExportConfig: KERNEL}, ours):
         sections[option.plugin, option.group.title].append(option)

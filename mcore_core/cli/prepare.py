@@ -15,6 +15,8 @@ from mcore_core.manager import PluginManager
 from mcore_core.plugin import Plugin
 
 type Groups = dict[type[ConfigGroup], str]
+type Provided = list[tuple[type[ConfigGroup], str]]
+"""Groups and the plugin that each is from; plugins that share a group each have it."""
 
 
 @dataclass(slots=True)
@@ -23,20 +25,20 @@ class Session:
 
     manager: PluginManager
     kernel: Groups
-    provided: Groups
+    provided: Provided
     """The groups of every installed plugin."""
     active: dict[str, Plugin] = field(default_factory=dict)
 
     @property
     def groups(self) -> Groups:
         """The kernel's groups and those of active plugins."""
-        return self.kernel | {g: p for g, p in self.provided.items() if p in self.active}
+        return self.kernel | {g: p for g, p in self.provided if p in self.active}
 
     @property
     def inactive(self) -> dict[str, str]:
         """Options of plugins that are not active, and which plugin that is."""
         others: dict[str, str] = {}
-        for group, plugin in self.provided.items():
+        for group, plugin in self.provided:
             if plugin not in self.active:
                 for option in collect_options({group: plugin}).values():
                     for spelling in (option.name, *option.aliases):
@@ -47,7 +49,7 @@ class Session:
     def options(self) -> dict[str, Option]:
         """Options of the kernel and of active plugins, then those of the others."""
         found = collect_options(self.groups)
-        for group, plugin in self.provided.items():
+        for group, plugin in self.provided:
             for option in collect_options({group: plugin}).values():
                 found.setdefault(option.name, option)
         return found
@@ -84,11 +86,11 @@ def open_session(extra: Sequence[type[ConfigGroup]] = ()) -> Session:
     """Load the installed plugins and collect what they add."""
     manager = PluginManager()
     manager.load_installed()
-    provided = {
-        group: plugin
+    provided = [
+        (group, plugin)
         for plugin, groups in manager.call_each("mcore_config_groups")
         for group in groups
-    }
+    ]
     return Session(manager, dict.fromkeys((*extra, *KERNEL_GROUPS), KERNEL), provided)
 
 

@@ -157,8 +157,14 @@ def nothing_left(name: str, counts: Counts) -> UsageError:
         "MC410",
         f"{name}: nothing is left to train on, all {counts.rows:,} rows were dropped",
         *(describe_drop(reason, counts) for reason in reasons),
-        "fix: " + "; ".join(FIXES[r] for r in reasons if r in FIXES),
+        "fix: " + "; ".join(dict.fromkeys(map(_fix, reasons))),
     )
+
+
+def _fix(reason: str) -> str:
+    if "--max_length" in reason:
+        return FIXES.get(reason, "raise --max_length")
+    return FIXES.get(reason, FIXES[BY_RECIPE])
 
 
 def describe_drop(reason: str, counts: Counts) -> str:

@@ -13,7 +13,7 @@ from mcore_core.data.encode import RowEncoder, cache_dir, cache_key, encode_rows
 from mcore_core.data.report import DataReport
 from mcore_core.data.rows import FIELDS, recognize
 from mcore_core.data.sources import Loaders, Source, SourceOptions, check_stream, open_all
-from mcore_core.data.store import Counts
+from mcore_core.data.store import Counts, UnitTable
 from mcore_core.errors import Problem, UsageError
 from mcore_core.protocols import Recipe
 
@@ -62,6 +62,8 @@ def prepare_data(
     if not loading.lazy_tokenize:
         write = partial(_write, config, recipe, template, progress)
         train = tuple(write(source, report.train) for source in sources)
+        if check := getattr(recipe, "check_data", None):  # a recipe may refuse what it cannot use
+            check([UnitTable(path) for path in train])
         val = tuple(write(source, report.val) for source in val_sources)
         return DataPlan(train, val, plan.fingerprint, report)
     return plan
@@ -113,9 +115,18 @@ def _check(config: "RunConfig", template: "Template") -> list[Problem]:
 
 
 def source_options(config: "RunConfig", recipe: Recipe[Any]) -> SourceOptions:
-    """Return what opening a source needs. A recipe may have a `recognize` of its own."""
+    """Return what opening a source needs.
+
+    A recipe may have a `recognize` of its own, with `formats_help` and `columns_example`.
+    """
     data, weights = config[DataConfig], config[WeightsConfig]
+    words = {
+        name: getattr(recipe, name)
+        for name in ("formats_help", "columns_example")
+        if hasattr(recipe, name)
+    }
     return SourceOptions(
+        **words,
         seed=data.data_seed,
         columns=data.columns,
         recognize=getattr(recipe, "recognize", recognize),

@@ -49,6 +49,9 @@ class SourceOptions:
     seed: int = 42
     columns: Mapping[str, str] | None = None
     recognize: Recognizer = recognize
+    formats_help: str = FORMATS_HELP
+    """What `recognize` knows, for the message where it knows nothing."""
+    columns_example: str = '{"question": "query", "answer": "response"}'
     use_hf: bool = True
     hub_token: str | None = None
 
@@ -294,9 +297,8 @@ def _check_columns(ref: Ref, columns: tuple[str, ...], options: SourceOptions) -
             "MC403",
             f"{ref.name}: no usable columns",
             f"found: {', '.join(columns)}",
-            f"usable: {FORMATS_HELP}",
-            "fix: say what they mean, for example "
-            """--columns '{"question": "query", "answer": "response"}'""",
+            f"usable: {options.formats_help}",
+            f"fix: say what they mean, for example --columns '{options.columns_example}'",
         )
 
 

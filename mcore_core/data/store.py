@@ -157,6 +157,10 @@ class UnitTable(Sequence[Unit]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def column(self, name: str) -> "NDArray[Any]":
+        """Return one number of every unit."""
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._open()])
+
     @overload
     def __getitem__(self, index: int) -> Unit: ...
     @overload

@@ -257,8 +257,9 @@ def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None: 
 
 
 def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Return a recipe's metrics; one that nothing counts in is left out."""
     return {
-        name: total / count if count else float("nan")
+        name: total / count
         for name, (total, count) in totals.items()
-        if name != "loss" and name not in SIZES
+        if name != "loss" and name not in SIZES and count
     }

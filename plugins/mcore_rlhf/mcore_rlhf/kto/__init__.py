@@ -1,0 +1,1 @@
+"""Preference optimization from single answers that are good or bad (KTO)."""
