@@ -4,7 +4,7 @@ P pairs.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import assert_never
 
 import torch
@@ -66,10 +66,9 @@ class Pairs:
 
     def gathered(self, reduce: Reduce) -> "Pairs":
         """Return the pairs of all data-parallel ranks' micro-batch; collective."""
-        names = ("chosen_P", "rejected_P", "ref_chosen_P", "ref_rejected_P")
-        names += ("chosen_tokens_P", "rejected_tokens_P", "nll_scale_P")
-        rows_P7 = torch.stack([getattr(self, name) for name in names], -1)
-        columns = reduce.gather_seqs(rows_P7).unbind(-1)
+        names = [field.name for field in fields(self) if field.name.endswith("_P")]
+        rows_PN = torch.stack([getattr(self, name) for name in names], -1)
+        columns = reduce.gather_seqs(rows_PN).unbind(-1)
         return replace(self, **dict(zip(names, columns, strict=True)))
 
     def with_delta(self, delta: Tensor) -> "Pairs":

@@ -123,7 +123,7 @@ class KTORecipe:
         others = mismatched(units, run, max_length=self._template.max_length)
         policy, ref = (run.score(name, others) for name in ("policy", REFERENCE))
         gaps = [_sum(p) - _sum(r) for p, r in zip(policy, ref, strict=True)]
-        everyone = [gap for part in run.gather(gaps) for gap in part]
+        everyone: list[float] = [gap for part in run.gather(gaps) for gap in part]
         return max(0.0, sum(everyone) / len(everyone))
 
     def collate(self, units: list[Unit]) -> KTOBatch:
