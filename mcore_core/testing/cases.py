@@ -333,11 +333,14 @@ def _numbers(results: "Sequence[StepResult]") -> list[Any]:
     return [(r.loss, r.grad_norm, r.lr, r.tokens, sorted(r.metrics.items())) for r in results]
 
 
-def assert_same(run: Outcome, reference: Outcome, *, relative: float = 1e-5) -> None:
+def assert_same(
+    run: Outcome, reference: Outcome, *, relative: float = 1e-5, absolute: float = 0.0
+) -> None:
     """Compare every step's loss, norm, metrics and gradients, and the final weights.
 
-    Numbers are compared relatively; a gradient or weight by its largest difference over the
-    largest value of its tensor. Gradients are left out where `run` kept none.
+    Numbers are compared relatively, or absolutely where that is wider (for what is a difference of
+    large numbers, as a reward is); a gradient or weight by its largest difference over the largest
+    value of its tensor. Gradients are left out where `run` kept none.
 
     Raises:
         AssertionError: It names the step and what differs by how much.
@@ -352,7 +355,7 @@ def assert_same(run: Outcome, reference: Outcome, *, relative: float = 1e-5) -> 
             **{name: (a.metrics[name], b.metrics[name]) for name in a.metrics},
         }
         for name, (x, y) in pairs.items():
-            assert math.isclose(x, y, rel_tol=relative), (
+            assert math.isclose(x, y, rel_tol=relative, abs_tol=absolute), (
                 f"step {step}: {name} is {x}, expected {y} within {relative} of it"
             )
     if run.gradients:
