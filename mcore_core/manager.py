@@ -10,8 +10,8 @@ import pluggy
 from stevedore.named import NamedExtensionManager
 
 from mcore_core import hookspecs
-from mcore_core.component import Catalogue
-from mcore_core.errors import UsageError, usage_error
+from mcore_core.component import Catalogue, Component, in_file
+from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.installed import installed, not_found, origin
 from mcore_core.plugin import ENTRY_POINT_GROUP, NAMESPACE, Plugin
 from mcore_core.plugin_checks import check_api, check_hooks, check_plugin
@@ -140,6 +140,27 @@ class PluginManager(pluggy.PluginManager):
         for plugin, components in self.call_each(hook):
             for component in components:
                 found.add(plugin, component)
+        return found
+
+    def losses(self, recipe: str, names: Iterable[str]) -> dict[str, Component[Any]]:
+        """Return the losses that `--loss_type` names, of those that the recipe can use.
+
+        Raises:
+            UsageError: It holds a problem for each name that there is not.
+        """
+        usable: Catalogue[Any] = Catalogue("loss")
+        for plugin, component in self.catalogue("mcore_losses"):
+            if component.recipe in ("", recipe):
+                usable.add(plugin, component)
+        found: dict[str, Component[Any]] = {}
+        problems: list[Problem] = []
+        for name in names:
+            try:
+                found[name] = in_file(name, "--loss_type") or usable.find(name, "--loss_type")
+            except UsageError as error:
+                problems += error.problems
+        if problems:
+            raise UsageError(problems)
         return found
 
     def _fail_to_load(self, _: object, ep: EntryPoint, error: BaseException) -> None:

@@ -1,6 +1,7 @@
 """What a command hands to the code that runs it: everything decided before torch is imported."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mcore_core.component import Component
@@ -32,3 +33,5 @@ class Prepared(PreparedExport):
     """A training run, ready to run."""
 
     recipe: Component[Recipe[Any]]
+    losses: Mapping[str, Component[Any]] = field(default_factory=dict)
+    """What loss_type names, where the recipe's losses are components."""

@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mcore_core.cli.prepare import Request, Session, compose_request, open_session, read_request
 from mcore_core.cli.prepared import Prepared
 from mcore_core.cli.render import render_options
+from mcore_core.component import Component
 from mcore_core.config.compose import RunConfig
 from mcore_core.config.layout_rules import check_layout
 from mcore_core.config.option import collect_options
@@ -56,6 +58,9 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
     problems = [*check_options(config), *check_refused(config, refusals)]
     problems += check_layout(config, world_size(config, os.environ))
     problems += [*_reporters(session, config), *_dispatcher(session, config)]
+    recipe = manager.hook.mcore_recipe(config=config)
+    losses, wrong = _losses(session, config, recipe.name)
+    problems += wrong
     for found in manager.hook.mcore_validate_config(config=config):
         problems += found
     if problems:
@@ -67,7 +72,8 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
         names=request.names,
         argv=tuple(argv),
         notes=tuple(notes),
-        recipe=manager.hook.mcore_recipe(config=config),
+        recipe=recipe,
+        losses=losses,
     )
 
 
@@ -101,6 +107,20 @@ def _dispatcher(session: Session, config: RunConfig) -> list[Problem]:
     except UsageError as error:
         return list(error.problems)
     return []
+
+
+def _losses(
+    session: Session, config: RunConfig, recipe: str
+) -> tuple[dict[str, Component[Any]], list[Problem]]:
+    """Return the losses that loss_type names, where the recipe lists its losses."""
+    known = {c.recipe for _, c in session.manager.catalogue("mcore_losses")}
+    if recipe not in known or "loss_type" not in config.names:
+        return {}, []
+    names = [name.strip() for name in config.get("loss_type").split(",") if name.strip()]
+    try:
+        return session.manager.losses(recipe, names), []
+    except UsageError as error:
+        return {}, list(error.problems)
 
 
 def _recipes(session: Session) -> str:

@@ -67,7 +67,7 @@ def sum_shares(
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     contributes = last and parallel_state.get_tensor_model_parallel_rank() == 0
     if names is None:
-        names = _agree(sorted(shares) if last else None)
+        names = from_last_stage(sorted(shares))
     flat = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
     if contributes:
         for i, name in enumerate(names):
@@ -78,14 +78,14 @@ def sum_shares(
     return {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(names)}
 
 
-def _agree(names: list[str] | None) -> list[str]:
-    """Return the names that the last pipeline stage has, on every rank."""
+def from_last_stage[T](value: T) -> T:
+    """Return the value that the last pipeline stage has; picklable, collective over the stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
-        return names or []
-    box: list[list[str] | None] = [names]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
-    return box[0] or []
+    return box[0]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

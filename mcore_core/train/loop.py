@@ -23,7 +23,7 @@ from mcore_core.config.evaluation import EvaluationConfig
 from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
-from mcore_core.parallel.reduce import any_rank
+from mcore_core.parallel.reduce import any_rank, from_last_stage
 from mcore_core.train.facts import params_norm
 from mcore_core.train.flops import step_flops
 from mcore_core.train.services import RunServices
@@ -183,7 +183,8 @@ def save(session: Session) -> None:
         },
         common={
             "data": session.data.train.state_dict(),
-            "recipe": session.recipe.state_dict(),
+            # what a loss remembers, the last pipeline stage knows
+            "recipe": from_last_stage(session.recipe.state_dict()),
         },
         write_model=partial(
             write_model, session, hf=weights.save_safetensors, max_shard=weights.max_shard_bytes

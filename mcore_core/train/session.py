@@ -107,6 +107,8 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     )
     build_recipe: Any = prepared.recipe.load()
     recipe: Recipe[Any] = build_recipe(config, template)
+    if prepared.losses:
+        recipe.use_losses(prepared.losses)  # type: ignore[attr-defined]  # of recipes with losses
     resume = _resume_from(config, source)
     data = build_data(
         config,

@@ -55,7 +55,7 @@ class DPOPlugin(Plugin):
     def mcore_losses(self) -> Iterable[Component[Any]]:
         """Return the losses over pairs."""
         return [
-            Component(name, f"mcore_rlhf.dpo.loss:{name}", summary)
+            Component(name, f"mcore_rlhf.dpo.loss:{name}", summary, recipe="dpo")
             for name, summary in SUMMARIES.items()
         ]
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mcore_core.component import Component
 from mcore_core.config.compose import RunConfig
 from mcore_core.data.template import Template
 from mcore_core.protocols import (
@@ -48,7 +49,9 @@ class DPORecipe:
     def __init__(self, config: RunConfig, template: Template) -> None:
         self.options = config[DPOConfig]
         self.head = HeadSpec()
-        self.losses: Mapping[str, PairLoss] = {n: LOSSES[n] for n in self.options.losses}
+        self.losses: dict[str, PairLoss | Component[PairLoss]] = {
+            name: LOSSES[name] for name in self.options.losses if name in LOSSES
+        }
         self.frozen: dict[str, FrozenModel] = {}
         if needs_reference(self.options):
             self.frozen[REFERENCE] = reference_model(config)
@@ -56,6 +59,10 @@ class DPORecipe:
         self._encoder = PairEncoder(template)
         self._reference = ReferenceScores(config, sum_sides)
         self._mean = RunningMean()
+
+    def use_losses(self, losses: Mapping[str, Component[PairLoss]]) -> None:
+        """Take the losses of loss_type; those of others are imported when they are first called."""
+        self.losses = {name: LOSSES.get(name, component) for name, component in losses.items()}
 
     def encode(self, row: Row) -> Unit | None:
         """Tokenize both conversations of a row; see PairEncoder."""
@@ -97,6 +104,8 @@ class DPORecipe:
     def _one(self, name: str, pairs: Pairs, reduce: Reduce) -> Tensor:
         """Return one loss of each pair."""
         loss = self.losses[name]
+        if isinstance(loss, Component):
+            loss = self.losses[name] = loss.load()
         if name in SORTING:
             # every pair gets the mean over all ranks' pairs, so that the sum over pairs is the sum
             # of the sorted losses
