@@ -18,7 +18,9 @@ def apply() -> None:
         platform = install()
         for name in ("distributed", "models.hybrid.hybrid_model", "optimizer"):
             import_module(f"megatron.core.{name}")
+        from mcore_core.compat import optimizer_buckets  # noqa: PLC0415  (torch)
 
+        optimizer_buckets.patch()
         if platform.name == "cpu":
             from mcore_core.platform.cpu_megatron import patch_megatron  # noqa: PLC0415
 
