@@ -113,7 +113,7 @@ class PluginManager(pluggy.PluginManager):
             "MC101",
             "no recipe plugin given: what should the run do?",
             "recipes: " + (", ".join(known) or "none installed"),
-            f"fix: mcore run --plugin {known[0]} ..."
+            f"fix: mcore run --plugin {'sft' if 'sft' in known else known[0]} ..."
             if known
             else "fix: uv pip install 'mcore-core[sft]'",
         )

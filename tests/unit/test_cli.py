@@ -18,8 +18,12 @@ from mcore_core.cli.run import prepare, world_size
 from mcore_core.config.kernel import KERNEL_GROUPS, kernel_config
 from mcore_core.config.option import collect_options
 from mcore_core.errors import UsageError
+from mcore_core.manager import PluginManager
 
 OPTIONS = collect_options(dict.fromkeys(KERNEL_GROUPS, "kernel"))
+MANAGER = PluginManager()
+MANAGER.load_installed()
+RECIPES = MANAGER.recipes()
 RUN = ["--plugin", "sft", "--model", "m", "--dataset", "d.jsonl"]
 HEAVY = ("torch", "transformers", "megatron", "datasets", "numpy", "rich")
 PROBE = """
@@ -170,7 +174,7 @@ def test_parse_problems(argv: list[str], text: str) -> None:
         (
             ["run", "--lr", "1"],
             "error[MC101]: no recipe plugin given: what should the run do?\n"
-            "  recipes: sft\n  fix: mcore run --plugin sft ...\n",
+            f"  recipes: {', '.join(RECIPES)}\n  fix: mcore run --plugin sft ...\n",
         ),
         (
             ["run", *RUN, "--lrr", "1", "--packing", "maybe"],

@@ -233,7 +233,7 @@ def test_two_packages_with_one_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def session_of(**plugins: Plugin) -> Session:
-    return Session(new(**plugins), dict.fromkeys(KERNEL_GROUPS, KERNEL), {DemoConfig: "demo"})
+    return Session(new(**plugins), dict.fromkeys(KERNEL_GROUPS, KERNEL), [(DemoConfig, "demo")])
 
 
 def test_a_recipe_changes_defaults_below_what_is_given() -> None:
