@@ -128,7 +128,25 @@ class Reduce(Protocol):
         """True where this rank holds the sequence's first token: the rank that counts it."""
 
     def per_seq(self, values_T: "Tensor") -> "Tensor":
-        """Sum over each sequence, also where context parallelism splits it; differentiable [S]."""
+        """Sum over each sequence, also where context parallelism splits it; differentiable.
+
+        Takes [T] or [T, N]; returns [S] or [S, N].
+        """
+
+    def gather_seqs(self, values_SN: "Tensor") -> "Tensor":
+        """Return the rows of all data-parallel ranks' present micro-batch, in rank order.
+
+        Ranks may have different numbers of rows. Differentiable: each rank's gradient of a row is
+        summed for the rank that has it, so a loss may count its own sequences alone. Collective:
+        every rank must call it equally often.
+        """
+
+    def rows_of_gathered(self, rows: int) -> slice:
+        """Return which rows of what `gather_seqs` returns are this rank's. Collective.
+
+        Args:
+            rows: How many rows this rank gives to `gather_seqs`.
+        """
 
 
 class LossFn(Protocol):

@@ -1,4 +1,4 @@
-"""The only reductions: sums over a sequence's context-parallel parts, and sums over all ranks."""
+"""The only reductions: over a sequence's context-parallel parts, over sequences, over ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +27,39 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks, one rank after another; backward sums the ranks' gradients of them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,  # noqa: ANN401
+        rows_SN: Tensor,
+        sizes: list[int],
+        group: Any,  # noqa: ANN401
+    ) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        padded = rows_SN.new_zeros(max(sizes), *rows_SN.shape[1:])
+        padded[: len(rows_SN)] = rows_SN
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(everyone, padded, group=group)
+        return torch.cat([rows[:n] for rows, n in zip(everyone, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # noqa: ANN401
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        start = sum(ctx.sizes[: ctx.group.rank()])
+        return grad[start : start + ctx.sizes[ctx.group.rank()]], None, None
+
+
+def _sizes(rows: int, group: Any, device: torch.device) -> list[int]:  # noqa: ANN401
+    """Return how many rows each rank of the group has; collective."""
+    mine = torch.tensor([rows], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    return [int(n) for n in torch.cat(everyone).tolist()]
+
+
 @dataclass(frozen=True, slots=True)
 class RowReduce:
     """Implements protocols.Reduce for one micro-batch."""
@@ -34,17 +67,37 @@ class RowReduce:
     seq_T: Tensor
     owns_S: Tensor
     cp_group: Any = None
+    dp_group: Any = None
 
     def per_seq(self, values_T: Tensor) -> Tensor:
-        """Sum over each sequence, also where context parallelism splits it. Returns [S]."""
-        total_S = values_T.new_zeros(len(self.owns_S)).index_add(0, self.seq_T, values_T)
+        """Sum over each sequence, also where context parallelism splits it.
+
+        Takes [T] or [T, N]; returns [S] or [S, N].
+        """
+        zeros_S = values_T.new_zeros(len(self.owns_S), *values_T.shape[1:])
+        total_S = zeros_S.index_add(0, self.seq_T, values_T)
         if self.cp_group is not None and self.cp_group.size() > 1:
             total_S = _SumOverRanks.apply(total_S, self.cp_group)  # type: ignore[no-untyped-call]
         return total_S
 
+    def gather_seqs(self, values_SN: Tensor) -> Tensor:
+        """Return the rows of all data-parallel ranks, in rank order; differentiable, collective."""
+        if self.dp_group is None or self.dp_group.size() == 1:
+            return values_SN
+        sizes = _sizes(len(values_SN), self.dp_group, values_SN.device)
+        gathered: Tensor = _GatherRows.apply(values_SN, sizes, self.dp_group)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def rows_of_gathered(self, rows: int) -> slice:
+        """Return which rows of what `gather_seqs` returns are this rank's; collective."""
+        if self.dp_group is None or self.dp_group.size() == 1:
+            return slice(0, rows)
+        start = sum(_sizes(rows, self.dp_group, self.owns_S.device)[: self.dp_group.rank()])
+        return slice(start, start + rows)
+
     def take(self, index: slice | Tensor) -> "RowReduce":
         """Return the same for a selection of this rank's tokens."""
-        return RowReduce(self.seq_T[index], self.owns_S, self.cp_group)
+        return RowReduce(self.seq_T[index], self.owns_S, self.cp_group, self.dp_group)
 
 
 def sum_over_data(values: Tensor) -> Tensor:

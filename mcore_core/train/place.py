@@ -80,6 +80,7 @@ def place(
     *,
     cp_rank: int = 0,
     cp_group: Any = None,  # noqa: ANN401
+    dp_group: Any = None,  # noqa: ANN401
     row_multiple: int = 1,
     pin_memory: bool = False,
     depths: int = 0,
@@ -125,7 +126,7 @@ def place(
     return Placed(
         batch=_move(local, move),
         row=PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0))),
-        reduce=RowReduce(move(sequence), move(owns_S), cp_group),
+        reduce=RowReduce(move(sequence), move(owns_S), cp_group, dp_group),
         trained=move(trained),
         source=source,
         tokens=sum(batch.lengths),

@@ -98,6 +98,7 @@ class Stepper:
                 self.device,
                 cp_rank=rank,
                 cp_group=group,
+                dp_group=parallel_state.get_data_parallel_group(),
                 row_multiple=self.plan.row_multiple,
                 pin_memory=self.pin_memory,
                 depths=self.forward.depths,

@@ -10,8 +10,6 @@ from mcore_rlhf.dpo.config import DPOConfig
 from mcore_rlhf.dpo.recipe import DPORecipe
 from mcore_rlhf.kto.config import KTOConfig
 from mcore_rlhf.kto.recipe import KTORecipe
-from mcore_rlhf.rm.config import RMConfig
-from mcore_rlhf.rm.recipe import RMRecipe
 from sft_case import SGD, SHAPES, VOCAB
 
 from mcore_core.config.template import TemplateConfig
@@ -28,9 +26,8 @@ TEMPLATE = SimpleNamespace(
 GROUPS_OF = {
     "dpo": (RLHFConfig, DPOConfig, ReferenceConfig),
     "kto": (RLHFConfig, KTOConfig, ReferenceConfig),
-    "rm": (RLHFConfig, RMConfig),
 }
-RECIPES = {"dpo": DPORecipe, "kto": KTORecipe, "rm": RMRecipe}
+RECIPES = {"dpo": DPORecipe, "kto": KTORecipe}
 GATHERED = {"dpo": ("aot", "aot_unpaired", "bco_pair")}
 MIXED = "sigmoid,ipo,apo_down,sft,orpo"
 """Losses of every kind: sums and means, with and without a reference, and the NLL."""

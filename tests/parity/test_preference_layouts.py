@@ -57,8 +57,6 @@ def test_the_reference_differs_from_the_policy_and_every_weight_trains():
         ("dpo", "dp2", "qk-norm"),
         ("kto", "pp2", "qk-norm"),
         ("kto", "dp2", "qk-norm"),
-        ("rm", "cp2", "qk-norm"),
-        ("rm", "tp2-sp", "qk-norm"),
     ],
 )
 def test_layout(recipe, layout, architecture):

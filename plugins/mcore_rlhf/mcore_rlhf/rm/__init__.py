@@ -1,1 +1,0 @@
-"""Reward models: a score for an answer, learned from preferences."""
