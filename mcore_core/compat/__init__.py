@@ -18,9 +18,10 @@ def apply() -> None:
         platform = install()
         for name in ("distributed", "models.hybrid.hybrid_model", "optimizer"):
             import_module(f"megatron.core.{name}")
-        from mcore_core.compat import optimizer_buckets  # noqa: PLC0415  (torch)
+        from mcore_core.compat import layer_wise, optimizer_buckets  # noqa: PLC0415  (torch)
 
         optimizer_buckets.patch()
+        layer_wise.patch()
         if platform.name == "cpu":
             from mcore_core.platform.cpu_megatron import patch_megatron  # noqa: PLC0415
 

@@ -225,13 +225,13 @@ def check_model(config: RunConfig, architecture: Architecture, layout: Layout) -
     dtype = config[PrecisionConfig].dtype(architecture.dtype)
     problems = [*_tensor(architecture, layout), *_layers(config, architecture, layout)]
     problems += check_parts(config, architecture, layout)
-    if config.get("optimizer") == "dist_muon" and dtype == "float32":
+    muon = config.get("optimizer")
+    if muon in {"muon", "dist_muon"} and dtype == "float16":
         problems.append(
             Problem(
                 "MC613",
-                "--optimizer dist_muon spreads 16-bit weights over ranks, and this run is in "
-                "float32",
-                ["fix: --bf16, or --optimizer muon"],
+                f"--optimizer {muon} scales no losses, and this run is in float16",
+                ["fix: --bf16, or --optimizer adam"],
             )
         )
     return problems

@@ -13,8 +13,9 @@ class OptimizerConfig(ConfigGroup):
     title: ClassVar[str] = "Training"
 
     optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = "adam"
-    """adam is AdamW. muon orthogonalizes the updates of matrices and leaves the rest to adam;
-    dist_muon also spreads its state over data-parallel ranks. Both need emerging-optimizers."""
+    """adam is AdamW. muon orthogonalizes the updates of matrices and leaves the rest (embeddings,
+    head, norms, biases, experts) to adam; dist_muon also spreads its state over data-parallel
+    ranks. Both need emerging-optimizers."""
     optimizer_cpu_offload: bool = False
     """Keep optimizer state in host memory and step there; for GPUs only."""
     optimizer_offload_fraction: float = Field(1.0, ge=0, le=1)

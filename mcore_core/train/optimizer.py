@@ -72,8 +72,9 @@ def build_optimizer(
         "exp_avg_sq_dtype": _DTYPES[options.exp_avg_sq_dtype],
     }
     if "muon" in options.optimizer and on_cpu:
-        # exact under tensor parallelism; on a GPU megatron's faster blockwise mode is the default
-        values["muon_tp_mode"] = "duplicated"
+        # exact under tensor parallelism; a GPU has megatron's faster defaults, each rank its block
+        # by itself and bfloat16 products
+        values |= {"muon_tp_mode": "duplicated", "muon_fp32_matmul_prec": "highest"}
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**values), list(chunks))
     if options.optimizer == "sgd":
         for inner in optimizer.chained_optimizers:

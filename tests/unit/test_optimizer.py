@@ -170,3 +170,14 @@ def test_defaults():
     assert not uses_distributed_optimizer(kernel_config(use_distributed_optimizer=False))
     for name in ("muon", "dist_muon"):
         assert not uses_distributed_optimizer(kernel_config(optimizer=name))
+
+
+def test_megatron_still_needs_the_patch_of_layer_wise_optimizers():
+    """Once this fails, mcore_core/compat/layer_wise.py can go."""
+    import inspect
+
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    source = inspect.getsource(LayerWiseDistributedOptimizer.__init__)
+    assert "if config.bf16:" in source
+    assert "FP32Optimizer(" not in source.replace("isinstance", "")

@@ -197,10 +197,13 @@ def test_two_ways_to_divide_are_one_too_many() -> None:
     )
 
 
-def test_dist_muon_needs_16_bits() -> None:
-    assert model_messages(1, optimizer="dist_muon") == [
-        "error[MC613]: --optimizer dist_muon spreads 16-bit weights over ranks, and this run is in "
-        "float32\n  fix: --bf16, or --optimizer muon"
+@pytest.mark.parametrize("name", ["muon", "dist_muon"])
+def test_muon_in_float16(name: str) -> None:
+    refused = [
+        f"error[MC613]: --optimizer {name} scales no losses, and this run is in float16\n"
+        "  fix: --bf16, or --optimizer adam"
     ]
-    assert model_messages(1, optimizer="dist_muon", bf16=True) == []
-    assert model_messages(1, {"dtype": "bfloat16"}, optimizer="dist_muon") == []
+    assert model_messages(1, optimizer=name, fp16=True) == refused
+    assert model_messages(1, {"dtype": "float16"}, optimizer=name) == refused
+    assert model_messages(1, {"dtype": "float16"}, optimizer=name, bf16=True) == []
+    assert model_messages(1, optimizer=name) == []
