@@ -270,7 +270,7 @@ class NativeEngine:
         if not len(source):
             return
         assert self._state is not None
-        with torch.inference_mode():
+        with torch.no_grad():
             a, b = self._move(source), self._move(target)
             self._state.copy(a, b)
             if self._seen is not None:

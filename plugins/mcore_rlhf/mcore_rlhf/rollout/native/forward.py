@@ -40,7 +40,8 @@ class Forward:
         for module in training:
             vars(module)["training"] = False
         try:
-            with torch.inference_mode():
+            # not inference mode: megatron keeps buffers that training uses again
+            with torch.no_grad():
                 yield
         finally:
             for module in training:
