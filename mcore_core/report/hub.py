@@ -6,7 +6,7 @@ goes wrong in here stops a run: a sink that raises is warned about, at most once
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -14,10 +14,11 @@ from mcore_core.component import Catalogue
 from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.context import RunContext
-from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_core.errors import Problem, UsageError
 from mcore_core.protocols import Reporter, StepResult
 from mcore_core.report import completions, jsonl
 from mcore_core.report.console import ConsoleReport
+from mcore_core.report.external import load_reporters
 from mcore_core.report.format import GIB
 from mcore_core.report.meters import Interval, Means, TimeLeft
 from mcore_core.report.record import Failure, ModelFacts, RunRecord, RunWarning, SavedCheckpoint
@@ -26,8 +27,6 @@ from mcore_core.report.summary import end_lines, outcome, start_lines
 if TYPE_CHECKING:
     from mcore_core.report.tensorboard import TensorBoardReport
 
-BUILT_IN = ("console", "jsonl", "tensorboard")
-"""Always on; naming one in --report_to is allowed and changes nothing. "none" likewise."""
 WARN_AGAIN_SECONDS = 60.0
 
 
@@ -108,17 +107,6 @@ def build_reporters(
     return Reporters(run, names, catalogue, memory=memory) if run.is_main else NullReporters()
 
 
-def reporter_problems(
-    names: Iterable[str], catalogue: Catalogue[type[Reporter]]
-) -> Iterable[Problem]:
-    """Yield a problem for each name of --report_to that nobody provides; imports nothing."""
-    for name in _external(names):
-        try:
-            catalogue.find(name, "--report_to")
-        except UsageError as error:
-            yield from error.problems
-
-
 class Reporters:
     """Console, metrics.jsonl, TensorBoard, report.html and whatever --report_to names."""
 
@@ -146,7 +134,7 @@ class Reporters:
             UsageError: A name is unknown, or its package is not installed.
         """
         self._run = run
-        self._classes = _load(names, catalogue)
+        self._classes = load_reporters(names, catalogue)
         self._log_interval = run.config[TrainConfig].log_interval
         self._memory = memory
         self._clock = clock
@@ -378,29 +366,3 @@ class Reporters:
             self._console.warning(text)
         except (OSError, ValueError):
             return  # the terminal is gone; the report still has the warning
-
-
-def _external(names: Iterable[str]) -> list[str]:
-    return [n for n in dict.fromkeys(names) if n not in BUILT_IN and n != "none"]
-
-
-def _load(names: Iterable[str], catalogue: Catalogue[type[Reporter]]) -> dict[str, type[Reporter]]:
-    """Import the reporters that --report_to names."""
-    classes: dict[str, type[Reporter]] = {}
-    problems: list[Problem] = []
-    for name in _external(names):
-        try:
-            classes[name] = catalogue.find(name, "--report_to").load()
-        except UsageError as error:
-            problems.extend(error.problems)
-        except ImportError as error:
-            missing = usage_error(
-                "MC203",
-                f"the reporter {name!r} cannot be imported (from --report_to)",
-                f"{type(error).__name__}: {error}",
-                f"fix: pip install 'mcore-core[{name}]', or leave {name} out of --report_to",
-            )
-            problems.extend(missing.problems)
-    if problems:
-        raise UsageError(problems)
-    return classes

@@ -235,6 +235,7 @@ class Session:
             for prepared in self.stepper.recipe.prepare(flat(micros), view):
                 result = self.stepper.train(regroup(prepared, micros), view.step)
                 logged = self.services.take_logged()
+                logged = {k: v for k, v in logged.items() if not k.startswith("timers/")}
                 result = replace(result, metrics={**result.metrics, **logged})
                 results.append(result)
                 self.results.append(result)

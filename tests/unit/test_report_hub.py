@@ -16,7 +16,8 @@ from mcore_core.context import RunContext
 from mcore_core.errors import UsageError, usage_error
 from mcore_core.parallel.topology import Layout
 from mcore_core.protocols import Reporter, StepResult
-from mcore_core.report.hub import NullReporters, Reporters, build_reporters, reporter_problems
+from mcore_core.report.external import reporter_problems
+from mcore_core.report.hub import NullReporters, Reporters, build_reporters
 from mcore_core.report.record import ModelFacts
 
 GIB = 1024**3

@@ -4,14 +4,12 @@ Shapes: N completions, G of them for each prompt and side by side; F reward func
 float64. NaN in a reward means that it does not apply, or that its function failed.
 """
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
+from mcore_rlhf.grpo.config import Estimator, Scale
+
 type Floats = NDArray[np.float64]
-type Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
-type Scale = Literal["group", "batch", "none", "gdpo"]
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it, as TRL does."""

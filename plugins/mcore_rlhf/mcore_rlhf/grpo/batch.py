@@ -47,6 +47,8 @@ def collate(units: Sequence[Unit], *, divisor: Divisor, length: int) -> GRPOBatc
         divisor: As the loss says.
         length: max_completion_length.
     """
+    if not units:
+        return _empty()
     trains = [np.asarray(unit["trains"], bool) for unit in units]
     kept = [bool(unit["kept"]) for unit in units]
     share, count = shares(trains, kept, divisor=divisor, length=length)
@@ -60,10 +62,10 @@ def collate(units: Sequence[Unit], *, divisor: Divisor, length: int) -> GRPOBatc
     def shifted(values: Sequence[Any]) -> Tensor:
         """Return [T]: at each position the value of the next token, 0 at ends of sequences."""
         moved = [np.append(np.asarray(v, np.float32)[1:], np.float32(0)) for v in values]
-        return torch.from_numpy(np.concatenate(moved) if moved else np.zeros(0, np.float32))
+        return torch.from_numpy(np.concatenate(moved))
 
     def optional(name: str) -> Tensor | None:
-        if not units or units[0].get(name) is None:
+        if units[0].get(name) is None:
             return None
         return shifted([unit[name] for unit in units])
 
@@ -80,6 +82,23 @@ def collate(units: Sequence[Unit], *, divisor: Divisor, length: int) -> GRPOBatc
         old_T=optional("old"),
         ref_T=optional("ref"),
         rollout_T=torch.zeros_like(fields["weights_T"]) if rollout_T is None else rollout_T,
+    )
+
+
+def _empty() -> GRPOBatch:
+    none = torch.zeros(0)
+    return GRPOBatch(
+        tokens_T=none.long(),
+        targets_T=none.long(),
+        weights_T=none,
+        lengths=(),
+        advantages_T=none,
+        policy_T=none,
+        share_T=none,
+        count_T=none,
+        old_T=None,
+        ref_T=None,
+        rollout_T=none,
     )
 
 

@@ -5,7 +5,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mcore_core.config.group import ConfigGroup
-from mcore_rlhf.grpo.advantages import Estimator, Scale
+
+type Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
+type Scale = Literal["group", "batch", "none", "gdpo"]
 
 
 class GRPOConfig(ConfigGroup):
@@ -41,10 +43,10 @@ class GRPOConfig(ConfigGroup):
     reward_timeout: float = Field(120.0, gt=0)
     """Seconds after which a reward function that has not answered is left out of the batch."""
 
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    advantage_estimator: Estimator = "grpo"
     """The baseline: the group's mean (grpo), the mean of the group's others (rloo), or the group's
     mean with a scale over the batch (reinforce_plus_plus)."""
-    scale_rewards: Literal["none", "group", "batch", "gdpo"] | None = None
+    scale_rewards: Scale | None = None
     """What advantages are divided by: the standard deviation of the group or the batch, nothing, or
     each reward's own in its group (gdpo). none given: group for grpo, none for rloo, batch for
     reinforce_plus_plus."""

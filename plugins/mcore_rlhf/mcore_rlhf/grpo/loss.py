@@ -126,8 +126,7 @@ def policy_loss(
         loss_T = loss_T * keeps_T
         metrics["off_policy_masked"] = _mean(1 - keeps_T, live_T)
     if c.beta:
-        assert batch.ref_T is not None
-        kl_T = k3(logps_T, batch.ref_T)
+        kl_T = k3(logps_T, logps_T.detach() if batch.ref_T is None else batch.ref_T)
         loss_T = loss_T + c.beta * kl_T
         metrics["kl"] = _mean(kl_T, live_T)
     if out.entropy_T is not None:

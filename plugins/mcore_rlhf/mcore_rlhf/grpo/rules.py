@@ -1,0 +1,189 @@
+"""Contradictions between the options of GRPO, seen without torch."""
+
+from collections.abc import Iterator
+
+from mcore_core.config.compose import RunConfig
+from mcore_core.config.decode import as_typed
+from mcore_core.errors import Problem
+from mcore_rlhf import components
+from mcore_rlhf.grpo.config import GRPOConfig
+from mcore_rlhf.rollout.rules import check_rollout
+from mcore_rlhf.rules import check_method, check_reference
+
+OURS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+def check(config: RunConfig) -> Iterator[Problem]:
+    """Yield every problem."""
+    options = config[GRPOConfig]
+    yield from check_method(config, "grpo")
+    yield from check_reference(config, used=options.beta > 0, why="--beta 0")
+    yield from check_rollout(config)
+    yield from _batches(config, options)
+    yield from _rewards(options)
+    yield from _loss(config, options)
+    yield from _advantages(options)
+    yield from _idle(config)
+
+
+def _batches(config: RunConfig, options: GRPOConfig) -> Iterator[Problem]:
+    global_batch = config.get("global_batch_size")
+    size, group = options.generation_batch_size, options.num_generations
+    steps = options.steps_per_generation
+    if group < 2:
+        yield Problem(
+            "MC350",
+            "--num_generations 1: a completion that is compared with nothing has no advantage",
+            ["fix: --num_generations 8"],
+        )
+    if size is not None and size % global_batch:
+        near = [n for n in (size // global_batch * global_batch,) if n] + [
+            (size // global_batch + 1) * global_batch
+        ]
+        yield Problem(
+            "MC351",
+            f"--generation_batch_size {size} is not a multiple of --global_batch_size "
+            f"{global_batch}: its completions make whole optimizer steps",
+            [
+                f"{size} / {global_batch} = {size / global_batch:.2f}",
+                "fix: --generation_batch_size " + " or ".join(map(str, near)),
+            ],
+        )
+        return
+    if size is not None and steps is not None and size != steps * global_batch:
+        yield Problem(
+            "MC351",
+            f"--generation_batch_size {size} and --steps_per_generation {steps} disagree",
+            [
+                f"{steps} steps x --global_batch_size {global_batch} = {steps * global_batch}",
+                f"fix: leave one out, or --steps_per_generation {size // global_batch}",
+            ],
+        )
+    generated = options.generated(global_batch)
+    if generated % group:
+        below, above = generated // group * group, (generated // group + 1) * group
+        divisors = [n for n in range(2, generated + 1) if generated % n == 0]
+        closest = sorted(divisors, key=lambda n: abs(n - group))[:2]
+        yield Problem(
+            "MC352",
+            f"{generated} completions of a round are not a multiple of --num_generations {group}",
+            [
+                f"global_batch_size {global_batch} x {generated // global_batch} steps of a round "
+                f"/ {group} = {generated / group:.2f} prompts",
+                "fix: --num_generations "
+                + " or ".join(map(str, sorted(closest)))
+                + ", or rounds of "
+                + " or ".join(str(n) for n in (below, above) if n)
+                + " completions",
+            ],
+        )
+
+
+def _rewards(options: GRPOConfig) -> Iterator[Problem]:
+    names = [*options.reward_funcs, *options.reward_model]
+    if not names:
+        yield Problem(
+            "MC353",
+            "there is no reward",
+            ["fix: --reward_funcs accuracy, or ./FILE.py:FUNCTION; see docs/rewards.md"],
+        )
+    for name in options.reward_funcs:
+        yield from components.check("mcore_rewards", name, "--reward_funcs")
+    weights = options.reward_weights
+    if weights is not None and len(weights) != len(names):
+        yield Problem(
+            "MC354",
+            f"--reward_weights has {len(weights)} numbers for {len(names)} rewards",
+            [f"rewards: {', '.join(names) or 'none'}", "fix: one number for each, in this order"],
+        )
+
+
+def _loss(config: RunConfig, options: GRPOConfig) -> Iterator[Problem]:
+    name = options.loss_type
+    if name not in OURS:
+        yield from components.check("mcore_losses", name, "--loss_type")
+    owners = {
+        "epsilon": CLIPPED,
+        "epsilon_high": CLIPPED,
+        "delta": CLIPPED,
+        "cispo_max_ratio": ("cispo",),
+        "tau_pos": ("sapo",),
+        "tau_neg": ("sapo",),
+    }
+    for option, users in owners.items():
+        if name in OURS and name not in users and config.changed(option):
+            notes = [f"it is for {', '.join(users)}"]
+            if name == "cispo" and option == "epsilon_high":
+                high = float(config.get(option))
+                notes.append(f"fix: --cispo_max_ratio {high:g} bounds cispo's ratio")
+            yield Problem(
+                "MC355",
+                f"--{option} {as_typed(config.get(option))} does nothing with --loss_type {name}",
+                notes if len(notes) > 1 else [*notes, f"fix: leave out --{option}"],
+            )
+    high = options.epsilon if options.epsilon_high is None else options.epsilon_high
+    if options.delta is not None and options.delta <= 1 + high:
+        yield Problem(
+            "MC356",
+            f"--delta {options.delta:g} is not above 1 + epsilon_high = {1 + high:g}: it would cut "
+            "ratios that are not clipped",
+            [f"fix: --delta {2 * (1 + high):g}"],
+        )
+
+
+def _advantages(options: GRPOConfig) -> Iterator[Problem]:
+    if options.scale == "gdpo":
+        if options.kl_in_reward:
+            yield Problem(
+                "MC357",
+                "--kl_in_reward true cannot be used with --scale_rewards gdpo, which normalizes "
+                "each reward by itself",
+                ["fix: leave out --kl_in_reward; the KL is then added to the loss"],
+            )
+        if options.advantage_estimator != "grpo":
+            yield Problem(
+                "MC357",
+                f"--scale_rewards gdpo has a baseline of its own: --advantage_estimator "
+                f"{options.advantage_estimator} would do nothing",
+                ["fix: keep one of them"],
+            )
+    if options.kl_in_reward and options.beta == 0:
+        yield Problem(
+            "MC321",
+            "--kl_in_reward true does nothing with --beta 0",
+            ["fix: --beta 0.04, or leave it out"],
+        )
+
+
+def _idle(config: RunConfig) -> Iterator[Problem]:
+    """Options that act only beside another."""
+    needs = {
+        "max_resample_times": ("dynamic_sample", bool(config.get("dynamic_sample"))),
+        "ref_model_sync_steps": ("sync_ref_model", bool(config.get("sync_ref_model"))),
+        "ref_model_mixup_alpha": ("sync_ref_model", bool(config.get("sync_ref_model"))),
+        "sync_ref_model": ("beta", config.get("beta") > 0),
+        "reward_timeout": ("reward_funcs", True),
+        "rollout_importance_sampling_threshold": (
+            "rollout_importance_sampling_mode",
+            config.get("rollout_importance_sampling_mode") is not None
+            or bool(config.get("log_rollout_offpolicy_metrics"))
+            or bool(config.get("async_generate")),
+        ),
+    }
+    for name, (other, on) in needs.items():
+        if config.changed(name) and not on:
+            yield Problem(
+                "MC321",
+                f"--{name} does nothing without --{other}",
+                [f"fix: add --{other}, or leave out --{name}"],
+            )
+    if config.get("sync_ref_model") and config.get("tuner_type") == "lora":
+        given = any(config.get(n) for n in ("ref_model", "ref_load"))
+        if not given:
+            yield Problem(
+                "MC358",
+                "--sync_ref_model true moves the reference, which with LoRA is the model without "
+                "its adapters: there is no copy to move",
+                ["fix: leave it out, or --tuner_type full"],
+            )
