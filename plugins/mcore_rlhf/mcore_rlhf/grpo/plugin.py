@@ -70,11 +70,6 @@ class GRPOPlugin(Plugin):
                 "mcore_rlhf.rollout.native.engine:NativeEngine",
                 "generates with the training weights themselves",
             ),
-            Component(
-                "vllm",
-                "mcore_rlhf.rollout.vllm.choose:vllm_engine",
-                "servers of `mcore rollout`, or vLLM in the training processes",
-            ),
         ]
 
     @hookimpl

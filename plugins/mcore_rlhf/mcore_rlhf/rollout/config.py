@@ -13,7 +13,8 @@ class GenerationConfig(ConfigGroup):
     title: ClassVar[str] = "Generation"
 
     max_completion_length: int = Field(512, ge=1)
-    """Tokens of a completion at most; in a conversation of several turns, of each turn."""
+    """Tokens of a completion at most; of a conversation of several turns, everything after the
+    prompt."""
     temperature: float = Field(0.9, gt=0)
     """Divides the logits when sampling, and also in the log-probabilities that train."""
     top_k: int = Field(50, ge=-1)
@@ -66,7 +67,7 @@ class RolloutConfig(ConfigGroup):
     """GPUs that share a colocated vLLM: a divisor of the ranks."""
     vllm_enable_lora: bool = False
     """Send vLLM the adapter alone after a step, rather than merged weights."""
-    sleep_level: Literal[0, 1, 2] = 0
+    sleep_level: int = Field(0, ge=0, le=2)
     """What a colocated vLLM gives back while the policy trains: 0 nothing, 1 the cache and, to the
     host, the weights, 2 both for good; the weights are sent anew."""
     offload_optimizer: bool = False
