@@ -7,6 +7,7 @@ layouts. Call `mcore_core.compat.apply()` before this module is imported: it imp
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
 from mcore_core.platform import install
-from mcore_core.protocols import TunerContext
+from mcore_core.protocols import FrozenModel, TunerContext
 from mcore_core.rollout import EngineContext
 from mcore_core.testing.parity import (
     Part,
@@ -143,7 +144,11 @@ class Session:
             frozen={
                 name: self._frozen(name, scale, on_cpu=on_cpu)
                 for scale, name in enumerate(recipe.frozen, start=1)
+                if not (self.tuner.partial and recipe.frozen[name] == FrozenModel())
             },
+            adapters_off=(
+                partial(self.tuner.disabled, self.chunks) if self.tuner.partial else None
+            ),
         )
         if recipe.head.divergence is not None:
             teacher = self.models.frozen[recipe.head.divergence.model]

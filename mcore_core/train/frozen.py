@@ -10,21 +10,26 @@ from mcore_core.checkpoint.load import load
 from mcore_core.checkpoint.state import Trainable
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.layout_rules import check_model, split_options
+from mcore_core.config.source import read_yaml
+from mcore_core.config.tuner import LoraConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError, usage_error
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
 from mcore_core.parallel.stages import layers_per_stage
-from mcore_core.protocols import FrozenModel
+from mcore_core.protocols import FrozenModel, TunerContext
 from mcore_core.train.build import build_model, model_plan
 from mcore_core.train.offload import HostWeights
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
+from mcore_core.train.tuning import build_tuner
 
 if TYPE_CHECKING:
+    from mcore_core.component import Catalogue
     from mcore_core.config.compose import RunConfig
     from mcore_core.manager import PluginManager
     from mcore_core.model.build import ModelPlan
     from mcore_core.platform.base import Platform
+    from mcore_core.protocols import Tuner
 
 
 def frozen_source(
@@ -113,6 +118,7 @@ def build_frozen(
             config,
             platform,
             bridge_class=bridge_class,
+            tuners=manager.catalogue("mcore_tuners"),
             policy=plan,
         )
         for name, each in wanted.items()
@@ -127,6 +133,7 @@ def _build(
     platform: "Platform",
     *,
     bridge_class: Any,  # noqa: ANN401
+    tuners: "Catalogue[Any]",
     policy: "ModelPlan",
 ) -> ScoredModel:
     plan = model_plan(
@@ -138,17 +145,47 @@ def _build(
         least_vocab=policy.padded_vocab_size,
     )
     chunks = build_model(plan, config, on_cpu=platform.name == "cpu", initialize=False)
+    bridge = bridge_class(source.family, source.architecture)
+    tuner = _adapters(wanted, source, config, tuners, bridge)
+    if tuner is not None:
+        tuner.apply(chunks)
     if wanted.load is None:
-        bridge_class(source.family, source.architecture).load(chunks, source.path)
+        bridge.load(chunks, source.path)
     else:
         found = checkpoints.require(Path(wanted.load).expanduser())
         only_weights = {"no_load_optim": True, "no_load_rng": True, "finetune": True}
         options = config[CheckpointConfig].model_copy(update=only_weights)
         load(Trainable(chunks, None, source.layout), found, options)
+    if tuner is not None:
+        tuner.load(chunks)
     model = freeze(chunks, plan)
     if not wanted.offload:
         return model
     return dataclasses.replace(model, host=HostWeights(chunks, platform.device()))
+
+
+def _adapters(
+    wanted: FrozenModel,
+    source: ModelSource,
+    config: "RunConfig",
+    tuners: "Catalogue[Any]",
+    bridge: Any,  # noqa: ANN401
+) -> "Tuner | None":
+    """Return what puts a frozen model's adapters beside its weights, where it has any."""
+    if wanted.adapters:
+        options: dict[str, Any] = {"adapters": list(wanted.adapters), "adapter_load": None}
+    elif wanted.adapter_load is not None:
+        found = checkpoints.require(Path(wanted.adapter_load).expanduser())
+        given = read_yaml(str(found.path / "run.yaml")).values
+        options = {n: given[n] for n in (*LoraConfig.model_fields, "adapters") if n in given}
+        options |= {"adapter_load": str(found.path), "adapters": []}
+    else:
+        return None
+    asked = config.replace(**options, tuner_type="lora", merge_lora=None)
+    context = TunerContext(
+        config=asked, family=source.family, architecture=source.architecture, bridge=bridge
+    )
+    return build_tuner(tuners, context)
 
 
 def freeze(chunks: list[Any], plan: Any) -> ScoredModel:  # noqa: ANN401

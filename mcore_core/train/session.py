@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         platform,
         bridge_class=bridge_of(prepared),
         plan=plan,
+        adapters=tuner.partial,
     )
     models = Models(
         ScoredModel(chunks=chunks, plan=plan),
@@ -183,6 +185,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         platform.device(),
         micro_batch_size=config[TrainConfig].micro_batch_size,
         frozen=frozen,
+        adapters_off=partial(tuner.disabled, chunks) if tuner.partial else None,
     )
     if recipe.head.divergence is not None:
         stepper.guide = Guide(frozen[recipe.head.divergence.model], recipe, plan)

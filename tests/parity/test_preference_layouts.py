@@ -1,13 +1,16 @@
 """dpo, kto and rm: losses, metrics, gradients and three steps of every layout equal one rank's."""
 
+import math
 from functools import cache
 
 import pytest
+import torch
 from preference_case import RECIPES, data, preference_case
 from sft_case import ADAM, LAYOUTS
 
 from mcore_core.parallel.topology import Layout
-from mcore_core.testing.cases import assert_same, run_case
+from mcore_core.testing.cases import Session, assert_same, run_case
+from mcore_core.testing.ranks import fork_ranks
 
 ALL = {**LAYOUTS, "ep2": Layout(world=2, ep=2), "ep2-tp2-sp": Layout(world=2, tp=2, sp=True, ep=2)}
 REWARD = 1e-6
@@ -75,6 +78,47 @@ def test_sorting_over_ranks_is_not_sorting_on_each():
     joined = _one_rank("dpo", "qk-norm", 2, (("loss_type", "aot_unpaired"),))
     apart = _one_rank("dpo", "qk-norm", 1, (("loss_type", "aot_unpaired"),))
     assert joined.losses[0] != pytest.approx(apart.losses[0], rel=1e-4)
+
+
+LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.1}
+"""Scores are made in eval mode, so the reference and kto's estimate know no dropout; the training
+pass has it, with masks that a layout does not change."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [
+        ("dpo", "tp2-sp"),
+        *(
+            pytest.param(r, x, marks=pytest.mark.parity)
+            for r in RECIPES
+            for x in ("tp2-sp", "pp2", "cp2", "dp2", "ep2")
+            if (r, x) != ("dpo", "tp2-sp")
+        ),
+    ],
+)
+def test_lora(recipe, layout):
+    """The reference is the policy with its adapters off."""
+    options = {**LORA, "lora_dropout": 0.0, "lr": 0.1}
+    check(recipe, layout, "moe" if layout in MOE else "qk-norm", **options)
+
+
+def test_the_ratio_of_lora_without_adapters_is_one():
+    """With dropout in training and adapters that add nothing, policy and reference still agree."""
+    case = preference_case("dpo", loss_type="sigmoid", **LORA)
+
+    def first(_):
+        session = Session(case, LAYOUTS["one"])
+        with torch.no_grad():
+            for chunk in session.chunks:
+                for name, parameter in chunk.named_parameters():
+                    if parameter.requires_grad and "_B" in name:
+                        parameter.zero_()
+        return session.train(1)[0]
+
+    (result,) = fork_ranks(first, 1)
+    assert result.loss == pytest.approx(math.log(2), abs=1e-6)
+    assert result.metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parity
