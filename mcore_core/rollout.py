@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -211,6 +213,12 @@ class Services(Protocol):
     @property
     def engine(self) -> RolloutEngine:
         """The engine that the recipe's attribute `engine` names."""
+
+    def generating(self, model: str, /) -> "AbstractContextManager[RolloutEngine]":
+        """Have an engine that generates with a frozen model; the native one, whatever `engine` is.
+
+        Its weights are on the device meanwhile. Collective.
+        """
 
     def draw(self) -> "list[Unit]":
         """Return the prompts of the next round, which `prepare` is then not called with."""

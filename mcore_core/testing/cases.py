@@ -44,7 +44,7 @@ from mcore_core.train.frozen import freeze
 from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import build_optimizer, build_schedule
 from mcore_core.train.scoring import ScoredModel
-from mcore_core.train.services import RunServices
+from mcore_core.train.services import FrozenGenerators, RunServices
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models, StepView, flat, regroup
 from mcore_core.train.tuning import build_tuner, installed_tuners
@@ -161,25 +161,25 @@ class Session:
     def _services(self, recipe: "Recipe[Any]") -> RunServices:
         train = self.config[TrainConfig]
         samples = train.micro_batch_size * self.layout.dp
-        engine = None
-        if self.case.engine is not None:
-            engine = self.case.engine(
-                EngineContext(
-                    config=self.config,
-                    chunks=self.chunks,
-                    plan=self.plan,
-                    device=self.stepper.device,
-                    tokenizer=None,
-                    bridge=None,  # type: ignore[arg-type]  # no files here
-                    model_path=Path(),
-                    tuner=self.tuner,
-                    optimizer=self.optimizer,
-                )
-            )
+        context = EngineContext(
+            config=self.config,
+            chunks=self.chunks,
+            plan=self.plan,
+            device=self.stepper.device,
+            tokenizer=None,
+            bridge=None,  # type: ignore[arg-type]  # no files here
+            model_path=Path(),
+            tuner=self.tuner,
+            optimizer=self.optimizer,
+        )
+        build = self.case.engine
         return RunServices(
             micro_batches=train.global_batch_size // samples,
             draws=(flat(micros) for micros in self.case.steps),
-            engine=engine,
+            engine=None if build is None else build(context),
+            generators=None
+            if build is None
+            else FrozenGenerators(self.models.frozen, build, context),
             policy=self.chunks,
             frozen={name: model.chunks for name, model in self.models.frozen.items()},
         )

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mcore_core.checkpoint import folders as checkpoints
 from mcore_core.checkpoint.load import load
 from mcore_core.checkpoint.state import Trainable
@@ -44,6 +46,12 @@ def frozen_source(
     Raises:
         UsageError: The folder, its layout or its vocabulary does not fit.
     """
+    if wanted.offload and not torch.cuda.is_available():
+        raise usage_error(
+            "MC371",
+            f"{name}: without a GPU its weights are in host memory anyway",
+            f"fix: leave out --offload_{name}_model",
+        )
     if wanted.model is None:
         return policy
     weights = config[WeightsConfig]

@@ -1,13 +1,16 @@
 """What recipes that generate may ask of the kernel, beside scores."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mcore_core.config.train import TrainConfig
 from mcore_core.model.names import unwrap
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from mcore_core.protocols import Recipe, Unit
     from mcore_core.report.hub import RunReports
     from mcore_core.rollout import EngineContext, RolloutEngine
+    from mcore_core.train.scoring import ScoredModel
 
 
 @dataclass(slots=True)
@@ -29,6 +33,8 @@ class RunServices:
     policy: Sequence[Any] = ()
     frozen: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Model chunks by name."""
+    generators: "FrozenGenerators | None" = None
+    """Engines of frozen models."""
     logged: dict[str, float] = field(default_factory=dict)
     """What `log` was given since it was last taken."""
 
@@ -38,19 +44,68 @@ class RunServices:
         return logged
 
 
-def build_engine(
-    recipe: "Recipe[Any]", catalogue: "Catalogue[Any]", context: "EngineContext"
-) -> "RolloutEngine | None":
-    """Return the engine that the recipe's attribute `engine` names, if it has one; collective.
+class FrozenGenerators:
+    """Engines that generate with frozen models, each built when it is first asked for.
+
+    Args:
+        models: The frozen models.
+        build: Builds an engine.
+        context: The policy's: the chunks and the plan in it are replaced.
+    """
+
+    def __init__(
+        self,
+        models: "Mapping[str, ScoredModel]",
+        build: "Callable[[EngineContext], RolloutEngine]",
+        context: "EngineContext",
+    ) -> None:
+        self._models, self._build, self._context = models, build, context
+        self._engines: dict[str, RolloutEngine] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> "Iterator[RolloutEngine]":
+        """Have a model's weights on the device, and its engine awake, for a while; collective."""
+        model = self._models[name]
+        with model.resident():
+            if name not in self._engines:
+                context = replace(
+                    self._context, chunks=model.chunks, plan=model.plan, tuner=None, optimizer=None
+                )
+                self._engines[name] = self._build(context)
+            engine = self._engines[name]
+            engine.wake()
+            yield engine
+            engine.sleep()
+
+
+def build_services(
+    recipe: "Recipe[Any]",
+    catalogue: "Catalogue[Any]",
+    context: "EngineContext",
+    *,
+    frozen: "Mapping[str, ScoredModel]",
+    reports: "RunReports",
+) -> RunServices:
+    """Return the services of a run, with the engine that the recipe names; collective.
 
     Raises:
         UsageError: There is no such engine, or what it needs is missing.
     """
-    name = getattr(recipe, "engine", None)
-    if name is None:
-        return None
-    engine: RolloutEngine = catalogue.find(name, "--rollout_engine").load()(context)
-    return engine
+    name, train = getattr(recipe, "engine", None), context.config[TrainConfig]
+
+    def build(name: str, context: "EngineContext") -> "RolloutEngine":
+        engine: RolloutEngine = catalogue.find(name, "--rollout_engine").load()(context)
+        return engine
+
+    samples = train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    return RunServices(
+        micro_batches=train.global_batch_size // samples,
+        engine=None if name is None else build(name, context),
+        generators=FrozenGenerators(frozen, partial(build, "native"), context),
+        reports=reports,
+        policy=context.chunks,
+        frozen={name: model.chunks for name, model in frozen.items()},
+    )
 
 
 def once[T](make: Callable[[], T]) -> T:

@@ -45,7 +45,7 @@ from mcore_core.train.optimizer import (
 )
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
-from mcore_core.train.services import RunServices, build_engine
+from mcore_core.train.services import RunServices, build_services
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models
 from mcore_core.train.tuning import build_tuner, check_same_tuner
@@ -222,27 +222,22 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         prepared.manager.hook.mcore_checkpoint_saved(run=run, step=step, path=path)
 
     saver = Saver(run.output_dir, config[CheckpointConfig], saved)
-    services = RunServices(
-        micro_batches=config[TrainConfig].global_batch_size
-        // (config[TrainConfig].micro_batch_size * parallel_state.get_data_parallel_world_size()),
-        engine=build_engine(
-            recipe,
-            prepared.manager.catalogue("mcore_rollout_engines"),
-            EngineContext(
-                config=config,
-                chunks=chunks,
-                plan=plan,
-                device=platform.device(),
-                tokenizer=template.tokenizer,
-                bridge=bridge,
-                model_path=source.path,
-                tuner=tuner,
-                optimizer=optimizer,
-            ),
+    services = build_services(
+        recipe,
+        prepared.manager.catalogue("mcore_rollout_engines"),
+        EngineContext(
+            config=config,
+            chunks=chunks,
+            plan=plan,
+            device=platform.device(),
+            tokenizer=template.tokenizer,
+            bridge=bridge,
+            model_path=source.path,
+            tuner=tuner,
+            optimizer=optimizer,
         ),
+        frozen=frozen,
         reports=reports,
-        policy=chunks,
-        frozen={name: model.chunks for name, model in models.frozen.items()},
     )
     return Session(
         run=run,

@@ -85,6 +85,11 @@ class StepView:
         assert self.services.engine is not None, "the recipe names no engine"
         return self.services.engine
 
+    def generating(self, model: str) -> "AbstractContextManager[RolloutEngine]":
+        """Have an engine that generates with a frozen model, for a while; collective."""
+        assert self.services.generators is not None, "there are no frozen models"
+        return self.services.generators(model)
+
     def draw(self) -> "list[Unit]":
         """Return the prompts of the next round."""
         assert self.services.draws is not None, "an evaluation cannot draw training data"

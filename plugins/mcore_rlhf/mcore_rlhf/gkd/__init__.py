@@ -1,0 +1,1 @@
+"""Generalized knowledge distillation: a student learns a teacher's distributions."""
