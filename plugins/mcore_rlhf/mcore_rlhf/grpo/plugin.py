@@ -62,17 +62,6 @@ class GRPOPlugin(Plugin):
         ]
 
     @hookimpl
-    def mcore_rollout_engines(self) -> Iterable[Component[Any]]:
-        """Return the engines of this package."""
-        return [
-            Component(
-                "native",
-                "mcore_rlhf.rollout.native.engine:NativeEngine",
-                "generates with the training weights themselves",
-            ),
-        ]
-
-    @hookimpl
     def mcore_validate_config(self, config: RunConfig) -> Iterable[Problem]:
         """Return contradictions."""
         return list(check(config))
