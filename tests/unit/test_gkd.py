@@ -1,13 +1,44 @@
 """Distillation's options, its units, and which step has whose answers."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mcore_rlhf.gkd.batch import answered, collate
 from mcore_rlhf.gkd.loss import distillation
 from mcore_rlhf.gkd.plugin import GKDPlugin
 
+from mcore_core.cli.args import describe
+from mcore_core.cli.prepare import open_session
 from mcore_core.config.kernel import kernel_config
+from mcore_core.config.option import collect_options
 from mcore_core.protocols import HeadOut
+from mcore_core.testing.contracts import PluginContract
+
+
+class TestGKD(PluginContract):
+    plugin = "gkd"
+
+
+class TestRollout(PluginContract):
+    plugin = "rollout"
+
+
+def test_options_are_as_specified():
+    session = open_session()
+    session.active = session.manager.activate(["gkd"])
+    found = {
+        name: describe(option, session.defaults)
+        for name, option in collect_options(session.groups).items()
+    }
+    file = Path(__file__).parents[1] / "data" / "arguments.tsv"
+    rows = [r for r in csv.DictReader(file.open(), delimiter="\t") if r["group"] == "GKD"]
+    assert len(rows) == 11
+    for row in rows:
+        default = found[row["name"]]["default"]
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        assert text.replace("None", "none") == row["default"], row["name"]
 
 
 def config(**options):
