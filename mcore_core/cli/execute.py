@@ -45,12 +45,15 @@ def _start(prepared: "PreparedExport", command: str, body: Callable[[], None]) -
 
 
 def source_of(prepared: "PreparedExport") -> "ModelSource":
-    """Return the model of the run, checked."""
+    """Return the model of the run; it, the data and the run folder are checked. Torch-free."""
+    from mcore_core.cli.files import check_files  # noqa: PLC0415
     from mcore_core.cli.run import world_size  # noqa: PLC0415  (a module of commands)
     from mcore_core.train.plan import model_source  # noqa: PLC0415
 
     world = world_size(prepared.config, os.environ)
-    return model_source(prepared.config, prepared.manager, world)
+    source = model_source(prepared.config, prepared.manager, world)
+    check_files(prepared, source)
+    return source
 
 
 def begin(prepared: "PreparedExport", source: "ModelSource") -> "Platform":

@@ -243,6 +243,10 @@ def _belongs(file: Path, subset: str) -> bool:
 
 
 def _loader(ref: Ref, loaders: Loaders) -> DatasetLoader:
+    return _known(ref, loaders).load()
+
+
+def _known(ref: Ref, loaders: Loaders) -> Component[DatasetLoader]:
     assert ref.scheme is not None
     if ref.scheme not in loaders:
         raise usage_error(
@@ -252,12 +256,29 @@ def _loader(ref: Ref, loaders: Loaders) -> DatasetLoader:
             did_you_mean(ref.scheme, loaders),
             "fix: install the plugin, or name a file, a folder or a hub id",
         )
-    return loaders[ref.scheme].load()
+    return loaders[ref.scheme]
 
 
-def _hub(ref: Ref, options: SourceOptions, *, streaming: bool) -> Any:  # noqa: ANN401
-    missing = not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref.path) or Path(ref.path).suffix in READERS
-    if missing:
+def check_reference(text: str, *, loaders: Loaders) -> list[Problem]:
+    """Return what is wrong with a reference, as far as names and sizes tell; reads nothing."""
+    ref = parse_ref(text)
+    path = Path(ref.path)
+    try:
+        if ref.scheme:
+            _known(ref, loaders)
+        elif not path.exists():
+            _check_hub_name(ref)
+        elif not _is_saved(path) and not any(f.stat().st_size for f in _files(ref, path)):
+            raise _empty(ref)
+    except UsageError as error:
+        return list(error.problems)
+    return []
+
+
+def _check_hub_name(ref: Ref) -> None:
+    """Raise where a path that does not exist cannot be the name of a dataset on the hub."""
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref.path)
+    if not named or Path(ref.path).suffix in READERS:
         parent = Path(ref.path).parent
         near = [p.name for p in parent.iterdir()] if parent.is_dir() else []
         raise usage_error(
@@ -266,6 +287,10 @@ def _hub(ref: Ref, options: SourceOptions, *, streaming: bool) -> Any:  # noqa: 
             did_you_mean(Path(ref.path).name, near),
             "fix: check the path; relative paths start at " + str(Path.cwd()),
         )
+
+
+def _hub(ref: Ref, options: SourceOptions, *, streaming: bool) -> Any:  # noqa: ANN401
+    _check_hub_name(ref)
     if not options.use_hf:
         raise usage_error(
             "MC406",

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,7 +158,19 @@ WHOLE = {
         "error[MC511]: the model's config.json has architecture 'Mamba9ForCausalLM' (model_type "
         "'mamba9'), which no family reads\n",
     ),
-}
+    "data, weights and the run folder at once": (
+        ["run", "--plugin", "sft", "--model", "{tmp}/cut", "--dataset", "{tmp}/rows.jsonl", 
+         "{tmp}/empty.jsonl", "--save", "{rows}/run"],
+        "error[MC401]: {tmp}/rows.jsonl: no such file or folder\n"
+        "  fix: check the path; relative paths start at {cwd}\n"
+        "error[MC402]: {tmp}/empty.jsonl: it has no rows\n"
+        "  fix: check the file, or name another\n"
+        "error[MC708]: --save {rows}/run: {rows} is a file, not a folder\n"
+        "  fix: --save with another folder\n"
+        "error[MC522]: {tmp}/cut/model.safetensors is truncated: it has 500 bytes, its header alone "
+        "needs more\n  fix: copy or download the file again from where the model came from\n",
+    ),
+}  # fmt: skip
 NOTE = "note: max_epochs is 1: neither train_iters nor max_epochs was given\n"
 
 
@@ -170,6 +183,9 @@ def early(model, dataset, tmp_path_factory):
     (tmp / "unknown").mkdir()
     shape = {"model_type": "mamba9", "architectures": ["Mamba9ForCausalLM"]}
     (tmp / "unknown" / "config.json").write_text(json.dumps(shape))
+    shutil.copytree(model, tmp / "cut")
+    os.truncate(tmp / "cut" / "model.safetensors", 500)
+    (tmp / "empty.jsonl").touch()
     (tmp / "shout_plugin.py").write_text(SHOUT)
     info = tmp / "shout-1.0.dist-info"
     info.mkdir()
@@ -178,7 +194,7 @@ def early(model, dataset, tmp_path_factory):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()
-        names = {"tmp": tmp, "port": held.getsockname()[1], "rows": dataset}
+        names = {"tmp": tmp, "port": held.getsockname()[1], "rows": dataset, "cwd": Path.cwd()}
         begin = ["run", "--plugin", "sft", "--model", str(model), "--dataset", str(dataset)]
         argvs = [begin + argv for argv, _ in EARLY.values()] + [a for a, _ in WHOLE.values()]
         filled = [[a.format(**names) for a in argv] for argv in argvs]

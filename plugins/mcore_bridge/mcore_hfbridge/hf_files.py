@@ -1,6 +1,5 @@
 """The safetensors files of a checkpoint folder, known from their headers, read by slices."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_core.model.weight_files import AGAIN, INDEX, file_names, read_header
 from mcore_hfbridge.fp8 import dequantized, read_block
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from mcore_core.model.family import Shape
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-AGAIN = "fix: copy or download the file again from where the model came from"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that can be read as they are."""
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
@@ -61,7 +58,7 @@ class HFFiles:
         Raises:
             UsageError: Naming each file that is missing or damaged.
         """
-        names, listed = _file_names(folder) if file is None else ([file], None)
+        names, listed = file_names(folder) if file is None else ([file], None)
         tensors: dict[str, HFTensor] = {}
         problems: list[Problem] = []
         for name in names:
@@ -119,61 +116,6 @@ class HFFiles:
                 "MC522", f"{self.folder / file} cannot be read at {name!r}: {error}", AGAIN
             ) from error
         return box
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Return a safetensors header, having checked that the file has the length it says."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise _damaged(path, f"truncated: it has {size} bytes, its header alone needs more")
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise usage_error("MC521", f"{path} is missing", AGAIN) from error
-    except OSError as error:
-        raise usage_error("MC521", f"{path} cannot be opened: {error.strerror}", AGAIN) from error
-    except ValueError as error:
-        raise _damaged(path, "not a safetensors file: its header is not JSON") from error
-    try:
-        entries: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
-        end = 8 + length + max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise _damaged(path, "not a safetensors file: its header lists no tensors") from error
-    if size != end:
-        kind = "truncated" if size < end else "too long"
-        raise _damaged(path, f"{kind}: it has {size} bytes, its header says {end}")
-    return entries
-
-
-def _damaged(path: Path, why: str) -> UsageError:
-    return usage_error("MC522", f"{path} is {why}", AGAIN)
-
-
-def _file_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    """Return the files that make up the checkpoint and the index; a single file wins."""
-    if (folder / SINGLE).exists():
-        return [SINGLE], None
-    path = folder / INDEX
-    if path.exists():
-        try:
-            listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return sorted(set(listed.values())), listed
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise usage_error("MC523", f"{path} is not an index of safetensors", AGAIN) from error
-    other = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt"))
-    convert = (
-        "fix: convert it once with transformers: from_pretrained(DIR).save_pretrained(DIR)"
-        if any(not n.endswith(".safetensors") for n in other)
-        else AGAIN.replace("the file", "the model")
-    )
-    raise usage_error(
-        "MC520",
-        f"{folder} has no {SINGLE} and no {INDEX}",
-        "found: " + (", ".join(other[:6]) or "no file with weights"),
-        convert,
-    )
 
 
 def _check_index(

@@ -13,8 +13,8 @@ import torch
 
 from mcore_core.errors import Problem, UsageError
 from mcore_core.model.resolve import read_hf_config
+from mcore_core.model.weight_files import INDEX, SINGLE
 from mcore_hfbridge.export import assemble, bytes_of, dtype_of, pack
-from mcore_hfbridge.hf_files import INDEX, SINGLE
 from mcore_hfbridge.ranks import agree
 from mcore_hfbridge.writer import Entry, Writer, file_order
 
