@@ -6,7 +6,7 @@ Shapes: T tokens of one packed row, S sequences in it, V vocabulary, H hidden si
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mcore_core.rollout import Completion as Completion
 from mcore_core.rollout import EngineContext as EngineContext
@@ -79,10 +79,25 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec:
-    """What a loss needs to know about each token's distribution."""
+    """What a loss needs of each token: something of its distribution, or other numbers.
 
+    With an `output` other than logps the head computes only the tokens with a weight, and the loss
+    is given these alone: every `_T` field of the batch, `reduce` and `values_TN` hold them in their
+    order, so that `reduce.per_seq(values_TN)` sums what each sequence has, also under context
+    parallelism. To read the last token of each sequence, a recipe gives it weight 1
+    (`mcore_core.data.collate.pack_marked`).
+    """
+
+    output: Literal["logps", "scores", "hidden", "logits"] = "logps"
+    """logps: log-probabilities of the targets. scores: a linear layer of `scores` outputs takes the
+    place of the output layer. hidden: the final hidden state; there is no output layer. logits:
+    those of the vocabulary entries in `tokens`."""
+    scores: int = 0
+    """Outputs of the score head, N."""
+    tokens: tuple[int, ...] = ()
+    """Ids of the vocabulary entries whose logits are wanted, N of them."""
     entropy: bool = False
-    """Also compute the entropy of the distribution (no gradient)."""
+    """Also compute the entropy of the distribution (no gradient); with output logps."""
     temperature: float = 1.0
     """Divides the logits."""
     divergence: Divergence | None = None
@@ -94,11 +109,13 @@ class HeadOut:
     """What the head computed, float32, for this rank's tokens."""
 
     logps_T: "Tensor"
-    """Log-probability of each target, in nats."""
+    """Log-probability of each target, in nats; zeros with another `HeadSpec.output`."""
     entropy_T: "Tensor | None" = None
     """Entropy of each position's distribution, in nats."""
     divergence_T: "Tensor | None" = None
     """Divergence of each position's distribution from the teacher's, in nats."""
+    values_TN: "Tensor | None" = None
+    """Scores, hidden states or logits, as `HeadSpec.output` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +205,7 @@ class Recipe[B: Batch](Protocol):
     frozen: "Mapping[str, FrozenModel]"
     """The models beside the policy that the kernel builds, by name: "ref", "teacher"."""
     head: HeadSpec
+    """Fixed when the recipe is built: the model is built with the head that it names."""
     token_local: bool
     """True where `loss` treats every token by itself: it is then called on chunks of tokens."""
 
@@ -276,8 +294,11 @@ class Bridge(Protocol):
         max_shard_size: int,
         source: Path | None,
         weights: "Mapping[str, Tensor] | None" = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an HF checkpoint; collective. `source` gives config.json and tokenizer files.
+        """Write an HF checkpoint; collective.
+
+        `source` gives config.json, into which `config` is merged, and tokenizer files.
 
         `weights` are written in place of the chunks' own, by canonical name: those of
         `Tuner.merged`, for example.

@@ -13,6 +13,7 @@ from mcore_core.config.option import collect_options
 from mcore_core.config.source import COMMAND_LINE, Source
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError, did_you_mean, usage_error
+from mcore_core.model.hf_head import read_head
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def _coverage(argv: Sequence[str]) -> Any:  # noqa: ANN401
             "nothing here tells which tensors of a Hugging Face model are claimed",
             "fix: uv pip install mcore-hfbridge",
         )
-    return bridge.load()(family, family.architecture(hf_config)).coverage(folder)
+    architecture = read_head(family.architecture(hf_config), hf_config)
+    return bridge.load()(family, architecture).coverage(folder)
 
 
 def _render(found: Any) -> str:  # noqa: ANN401

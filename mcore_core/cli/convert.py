@@ -11,6 +11,7 @@ from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.export import ExportConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import usage_error
+from mcore_core.model.hf_head import write_head
 
 if TYPE_CHECKING:
     from mcore_core.cli.prepared import PreparedExport
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 def convert(prepared: "PreparedExport") -> None:
     """Load `--load` or `--model`, and write `--save`; collective."""
-    from mcore_core.cli.execute import begin, source_of  # noqa: PLC0415  (it imports this module)
+    from mcore_core.cli.execute import begin  # noqa: PLC0415  (it imports this module)
 
     config = prepared.config
     target = Path(config[CheckpointConfig].save or "").expanduser()
     _check_target(target, exist_ok=config[ExportConfig].exist_ok)
     prepared = _with_model(_with_adapter(prepared))
-    source = source_of(prepared)
+    source = _source(prepared)
     platform = begin(prepared, source)
     from mcore_core.parallel.state import shut_down  # noqa: PLC0415
     from mcore_core.train.build import build_model, model_plan  # noqa: PLC0415
@@ -55,6 +56,7 @@ def convert(prepared: "PreparedExport") -> None:
             target,
             max_shard_size=config[WeightsConfig].max_shard_bytes,
             source=source.path,
+            config=write_head(source.architecture, source.hf_config),
         )
     else:
         _save_state(prepared, source, chunks, target)
@@ -162,6 +164,23 @@ def _test_precision(
     _say(report.table())
     sys.stdout.flush()
     precision.require(report)
+
+
+def _source(prepared: "PreparedExport") -> "ModelSource":
+    """Return the model with the head that the checkpoint to export was trained with."""
+    import dataclasses  # noqa: PLC0415
+
+    from mcore_core.checkpoint import folders  # noqa: PLC0415
+    from mcore_core.cli.execute import source_of  # noqa: PLC0415  (it imports this module)
+
+    source, load = source_of(prepared), prepared.config[CheckpointConfig].load
+    if load is None:
+        return source
+    trained = folders.require(Path(load).expanduser()).training.get("architecture", {})
+    changes = {k: trained[k] for k in ("head", "scores", "mtp_layers") if k in trained}
+    return dataclasses.replace(
+        source, architecture=dataclasses.replace(source.architecture, **changes)
+    )
 
 
 def _with_model(prepared: "PreparedExport") -> "PreparedExport":

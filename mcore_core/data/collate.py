@@ -49,3 +49,32 @@ def pack_sequences(
         weights_T=torch.from_numpy(weights),
         lengths=lengths,
     )
+
+
+def pack_marked(
+    sequences: "Sequence[tuple[NDArray[np.integer], NDArray[np.floating]]]",
+) -> PackedFields:
+    """Concatenate sequences whose marked tokens are read, for heads that predict no next token.
+
+    Args:
+        sequences: ids [L] and marks [L] of each: marks[t] is the weight of token t itself.
+
+    Returns:
+        As `pack_sequences`, but position t has the weight marks[t].
+    """
+    fields = pack_sequences(sequences)
+    weights = np.concatenate([marks for _, marks in sequences]).astype(np.float32)
+    fields["weights_T"] = torch.from_numpy(weights)
+    return fields
+
+
+def last_token(ids: "NDArray[np.integer]", pad_id: int | None) -> "NDArray[np.float32]":
+    """Return marks [L]: 1 at the token that transformers' classifiers read, 0 elsewhere.
+
+    That is the last token that is not padding: where the tokenizer pads with its end-of-text token,
+    an end-of-text token at the end of the sequence is passed over too.
+    """
+    marks = np.zeros(len(ids), np.float32)
+    real = np.flatnonzero(ids != pad_id) if pad_id is not None else np.arange(len(ids))
+    marks[real[-1] if len(real) else 0] = 1.0
+    return marks

@@ -26,6 +26,11 @@ class Architecture:
     """The checkpoint's own dtype: float32, float16 or bfloat16."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    head: Literal["lm", "scores", "none"] = "lm"
+    """What follows the final norm: the output layer, a linear layer without bias that gives
+    `scores` numbers (transformers' ...ForSequenceClassification), or nothing."""
+    scores: int = 0
+    """Rows of the score head."""
     embedding_scale: float = 1.0
     """Multiplies the embeddings (gemma: the square root of hidden_size)."""
 
@@ -83,6 +88,11 @@ class Architecture:
     linear_attention: LinearAttentionShape | None = None
     mtp_layers: int = 0
     """Multi-token prediction layers after the decoder."""
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the embedding is the weight of the output layer too."""
+        return self.tie_word_embeddings and self.head == "lm"
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:

@@ -293,7 +293,7 @@ def build_chunks(plan: ModelPlan, config: DecoderConfig) -> list[Decoder]:
             hybrid_layer_pattern=plan.pattern,
             pre_process=index == 0,
             post_process=index == plan.layout.stages - 1,
-            share_embeddings_and_output_weights=plan.architecture.tie_word_embeddings,
+            share_embeddings_and_output_weights=plan.architecture.ties_head,
             position_embedding_type="none",
             vp_stage=virtual if plan.layout.vpp else None,
         )

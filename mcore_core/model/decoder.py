@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from mcore_core.compat.grad_fusion import without_apex
 from mcore_core.model.head import HeadLayer
 from mcore_core.model.packed import PackedRow
+from mcore_core.model.scores import ScoreHead
 
 
 class Decoder(HybridModel):  # type: ignore[misc]
@@ -18,6 +20,13 @@ class Decoder(HybridModel):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         with without_apex():
             super().__init__(*args, **kwargs)
+        self.score: ScoreHead | None = None
+        shape = self.config.shape
+        if shape.head != "lm":
+            self.output_layer: Any = None
+            if self.post_process and shape.head == "scores":
+                self.score = ScoreHead(self.config, shape.scores)
+            return
         if self.post_process:
             # HybridModel builds its output layer by class name and always computes logits in it;
             # the same module as a HeadLayer keeps the weight, its sharding and its hooks
@@ -51,7 +60,9 @@ class Decoder(HybridModel):  # type: ignore[misc]
         )
         if self.mtp_process and len(ahead):
             hidden = self._predict(hidden, row, ahead)
-        if self.post_process:
+        if self.score is not None:
+            hidden = self.score(hidden)
+        elif self.post_process and self.output_layer is not None:
             hidden, _ = self.output_layer(hidden)
         assert isinstance(hidden, Tensor)
         return hidden
@@ -70,6 +81,17 @@ class Decoder(HybridModel):  # type: ignore[misc]
             # rounded to the model's precision, as checkpoints were trained with
             hidden = hidden * torch.tensor(scale, dtype=hidden.dtype, device=hidden.device)
         return hidden
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the weights for distributed checkpoints; megatron's asks for an output layer."""
+        above: Any = super() if self.config.shape.head == "lm" else super(LanguageModule, self)
+        found: dict[str, Any] = above.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return found
 
     def head_weight(self) -> Tensor:
         """Return this rank's rows of the output weight [V / tp, H]."""

@@ -200,6 +200,9 @@ class Rule:
     """Values of each wildcard in the names: {"l": range(num_layers)}."""
     pad: bool = False
     """The weight may have more rows than the HF tensors: zero on load, dropped on export."""
+    optional: bool = False
+    """A checkpoint may lack the HF tensors: the weight then keeps what it was drawn as. A score
+    head that is trained from a language model."""
     hf_copies: tuple[str, ...] = ()
     """Names under which a checkpoint may hold the (only) HF tensor once more: checked to be equal
     on load and never written. A tied model's lm_head."""

@@ -8,6 +8,7 @@ from typing import Any
 from mcore_core.component import Catalogue
 from mcore_core.errors import UsageError, did_you_mean, usage_error
 from mcore_core.model.family import Family
+from mcore_core.model.hf_head import as_language_model
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 """What is downloaded of a hub model."""
@@ -117,15 +118,16 @@ def resolve_family(
         return catalogue.find(model_type, "--model_type").load()
     wanted = str((hf_config.get("architectures") or [""])[0])
     named = str(hf_config.get("model_type") or "")
+    plain = as_language_model(wanted)
     components = {c.name for _, c in catalogue}
     if named in components:
         family = catalogue.find(named, "the model's model_type; choose with --model_type").load()
-        if not wanted or wanted in family.architectures:
+        if not wanted or wanted in family.architectures or plain != wanted:
             return family
     families = [c.load() for _, c in catalogue]
-    reading = [f for f in families if wanted in f.architectures]
+    reading = [f for f in families if plain in f.architectures]
     # its first architecture is a family's own; others read it under their own model_type
-    for family in sorted(reading, key=lambda f: f.architectures.index(wanted)):
+    for family in sorted(reading, key=lambda f: f.architectures.index(plain)):
         return family
     raise _unknown(wanted, named, families)
 

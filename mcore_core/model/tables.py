@@ -201,9 +201,13 @@ def mlp(
 
 
 def ending(a: Architecture, twins: tuple[str, ...] = (), *, norm_name: str = "norm") -> list[Rule]:
-    """Return the final norm and, unless tied, the output layer."""
+    """Return the final norm and what follows it: unless tied, the output layer; the score head."""
     rules = norm(a, Block("model.", "decoder."), norm_name, "final_norm")
-    if not a.tie_word_embeddings:
+    if a.head == "scores":
+        shape = (a.scores, a.hidden_size)
+        name = "score.weight"
+        rules.append(Rule(hf=(name,), shapes=(shape,), mcore=name, optional=True))
+    elif a.head == "lm" and not a.tie_word_embeddings:
         rules.append(
             Rule(
                 hf=("lm_head.weight",),

@@ -21,6 +21,7 @@ from mcore_core.config.train import TrainConfig
 from mcore_core.manager import PluginManager
 from mcore_core.model.build import DTYPES, ModelPlan
 from mcore_core.model.family import Family
+from mcore_core.model.hf_head import with_head
 from mcore_core.model.moe.find import find_dispatcher
 from mcore_core.model.tables import dense_decoder
 from mcore_core.model.tables_moe import QWEN_MOE, moe_decoder, stacked
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from mcore_core.config.group import ConfigGroup
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Rule
-    from mcore_core.protocols import Recipe, RolloutEngine, StepResult, Unit
+    from mcore_core.protocols import HeadSpec, Recipe, RolloutEngine, StepResult, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,8 @@ class Session:
         state.initialize(platform, layout, seed=seed)
         options = {"sequence_parallel": layout.sp, **case.options}
         self.config = kernel_config(*case.groups, **options)
-        self.plan = _plan(case, case.architecture, layout, self.config)
+        recipe = case.recipe(self.config)
+        self.plan = _plan(case, case.architecture, layout, self.config, recipe.head)
         on_cpu = platform.name == "cpu"
         chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
         self.tuner = build_tuner(installed_tuners(), self._context())
@@ -129,7 +131,7 @@ class Session:
         self.schedule = build_schedule(self.config, self.optimizer, len(case.steps))
         self.stepper = Stepper(
             self.chunks,
-            case.recipe(self.config),
+            recipe,
             self.plan,
             platform.device(),
             optimizer=self.optimizer,
@@ -187,7 +189,7 @@ class Session:
     def _frozen(self, name: str, number: int, *, on_cpu: bool) -> ScoredModel:
         """Return a model that differs from the policy: its weights are a little smaller."""
         shape = self.case.frozen.get(name, self.case.architecture)
-        plan = _plan(self.case, shape, self.layout, self.config)
+        plan = _plan(self.case, shape, self.layout, self.config, HeadSpec())
         chunks = build_model(plan, self.config, on_cpu=on_cpu)
         fill(chunks, scale=0.08 * 0.9**number)
         return freeze(chunks, plan)
@@ -262,7 +264,11 @@ def default_rules(architecture: "Architecture") -> "Sequence[Rule]":
 
 
 def _plan(
-    case: Case, architecture: "Architecture", layout: Layout, config: "RunConfig"
+    case: Case,
+    architecture: "Architecture",
+    layout: Layout,
+    config: "RunConfig",
+    head: "HeadSpec",
 ) -> ModelPlan:
     options = config[DistributedConfig]
     split = SplitOptions(
@@ -274,7 +280,7 @@ def _plan(
     )
     shapes = (case.architecture, *case.frozen.values())
     return ModelPlan(
-        architecture=architecture,
+        architecture=with_head(architecture, head, {}),
         layout=layout,
         stage_layers=layers_per_stage(architecture.num_layers, split),
         padded_vocab=-(-max(s.vocab_size for s in shapes) // layout.tp) * layout.tp,

@@ -12,8 +12,10 @@ from mcore_core.config.fp8 import FP8Config
 from mcore_core.config.model import ModelConfig
 from mcore_core.config.optimizer import OptimizerConfig
 from mcore_core.config.precision import PrecisionConfig
+from mcore_core.config.train import TrainConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.build import DTYPES, ModelPlan, build_chunks, decoder_config
+from mcore_core.model.scores import score_heads
 from mcore_core.train.optimizer import uses_distributed_optimizer
 from mcore_core.train.plan import ModelSource
 
@@ -95,6 +97,8 @@ def build_model(
     """
     decoder = decoder_config(plan, config, on_cpu=on_cpu, initialize=initialize)
     chunks: list[Any] = list(build_chunks(plan, decoder))
+    for head in score_heads(chunks):
+        head.draw(config[TrainConfig].seed)
     if not on_cpu:
         for chunk in chunks:
             chunk.cuda(torch.cuda.current_device())

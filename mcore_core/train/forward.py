@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mcore_core.model.head import VocabRange, local_loss, log_probabilities
 from mcore_core.model.names import unwrap
+from mcore_core.model.scores import scores, some_logits
 from mcore_core.protocols import HeadOut, LossOutput
 from mcore_core.train.place import Ahead, Placed, select
 
@@ -56,6 +57,7 @@ class ForwardStep:
         self.recipe = recipe
         self.vocab = vocab_range(plan)
         self.sequence_parallel = plan.layout.sp
+        self.hidden_size = plan.architecture.hidden_size
         self.scale: Tensor | float = 1.0
         """One over the count of the global batch."""
         half = plan.dtype is not torch.float32
@@ -133,13 +135,38 @@ class ForwardStep:
             spec=self.recipe.head,
         )
 
-    def whole(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of all tokens here, [T, H], on every tensor-parallel rank."""
+    def whole(self, hidden: Tensor, *, shared: bool = True) -> Tensor:
+        """Return the hidden states of all tokens here, [T, H], on every tensor-parallel rank.
+
+        `shared`: each rank computes a part of what follows, and their gradients are summed; else
+        all compute the same.
+        """
         if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, True)
-        else:
+            hidden = gather_from_sequence_parallel_region(hidden, shared)
+        elif shared:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         return hidden.squeeze(1)
+
+    def _values(self, placed: Placed, chunk: Any, hidden: Tensor) -> HeadOut:  # noqa: ANN401
+        """Return what the head gives other than log-probabilities, of the tokens with a weight."""
+        spec, kept = self.recipe.head, placed.trained
+        shared = spec.output == "logits"
+        hidden_KH = self.whole(hidden, shared=shared).index_select(0, kept)
+        match spec.output:
+            case "scores":
+                values_KN = scores(hidden_KH, unwrap(chunk).score.weight)
+            case "hidden":
+                values_KN = hidden_KH.float()
+            case _:
+                weight = unwrap(chunk).head_weight()
+                values_KN = some_logits(
+                    hidden_KH,
+                    weight,
+                    spec.tokens,
+                    vocab=self.vocab,
+                    temperature=spec.temperature,
+                )
+        return HeadOut(logps_T=values_KN.new_zeros(len(kept)), values_TN=values_KN)
 
     def loss(self, placed: Placed, chunk: Any, hidden: Tensor) -> LossOutput:  # noqa: ANN401
         """Return this rank's share of the micro-batch's loss.
@@ -149,9 +176,12 @@ class ForwardStep:
             chunk: The last pipeline chunk.
             hidden: Its output, [T, 1, H] or, with sequence parallelism, [T / tp, 1, H].
         """
+        batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
+        if recipe.head.output != "logps":
+            out = self._values(placed, chunk, hidden)
+            return recipe.loss(out, select(batch, placed.trained), reduce.take(placed.trained))
         weight = unwrap(chunk).head_weight()
         hidden_TH = self.whole(hidden)
-        batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
         if not recipe.token_local:
             out = log_probabilities(
                 hidden_TH, weight, batch.targets_T, vocab=self.vocab, spec=recipe.head
@@ -176,16 +206,19 @@ class ForwardStep:
 
     def count(self, placed: Placed) -> Tensor:
         """Return this rank's share of the count, which depends on the batch only."""
-        batch, reduce = placed.batch, placed.reduce
-        if self.recipe.token_local:
+        batch, reduce, head = placed.batch, placed.reduce, self.recipe.head
+        if self.recipe.token_local or head.output != "logps":
             batch, reduce = select(batch, placed.trained), reduce.take(placed.trained)
         zeros_T = torch.zeros(len(batch.targets_T), device=batch.targets_T.device)
-        head = self.recipe.head
+        wide = {"scores": head.scores, "hidden": self.hidden_size, "logits": len(head.tokens)}
+        values_TN = (
+            None if head.output == "logps" else zeros_T.new_zeros(len(zeros_T), wide[head.output])
+        )
         zeros = HeadOut(
             logps_T=zeros_T,
             entropy_T=zeros_T if head.entropy else None,
             divergence_T=zeros_T if head.divergence else None,
+            values_TN=values_TN,
         )
         with torch.no_grad():
-            out = self.recipe.loss(zeros, batch, reduce)
-        return out.count.double()
+            return self.recipe.loss(zeros, batch, reduce).count.double()

@@ -24,6 +24,7 @@ from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.parallel.reduce import any_rank, from_last_stage
+from mcore_core.train.exports import export_config, write_files
 from mcore_core.train.facts import params_norm
 from mcore_core.train.flops import step_flops
 from mcore_core.train.services import RunServices
@@ -206,7 +207,15 @@ def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> 
         if (hf and tuner.mergeable) if wanted is None else wanted:
             _write_merged(session, max_shard)
     elif hf:
-        session.bridge.save(chunks, folder, max_shard_size=max_shard, source=session.source.path)
+        session.bridge.save(
+            chunks,
+            folder,
+            max_shard_size=max_shard,
+            source=session.source.path,
+            config=export_config(session.source, session.template.tokenizer, session.recipe),
+        )
+        if run.is_main:
+            write_files(folder, session.recipe)
     dist.barrier()
 
 
@@ -226,8 +235,10 @@ def _write_merged(session: Session, max_shard: int) -> None:
             max_shard_size=max_shard,
             source=session.source.path,
             weights=session.tuner.merged(chunks),
+            config=export_config(session.source, session.template.tokenizer, session.recipe),
         )
     if run.is_main:
+        write_files(unfinished, session.recipe)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
 

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_core.config.layout_rules import check_model, layout_of, split_options
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import UsageError
+from mcore_core.model.hf_head import read_head, with_head
 from mcore_core.model.overrides import override
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
 from mcore_core.parallel.stages import layers_per_stage
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Family
     from mcore_core.parallel.topology import Layout
+    from mcore_core.protocols import HeadSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,14 @@ class ModelSource:
         """What to call the model in reports."""
         return self.path.name
 
+    def with_head(self, spec: "HeadSpec") -> "ModelSource":
+        """Return the source of the same model with the head that a recipe asks for.
+
+        Raises:
+            UsageError: The checkpoint's head cannot be that one.
+        """
+        return replace(self, architecture=with_head(self.architecture, spec, self.hf_config))
+
 
 def model_source(config: "RunConfig", manager: "PluginManager", world_size: int) -> ModelSource:
     """Read the model's config and check it against the options and the layout.
@@ -56,7 +66,7 @@ def model_source(config: "RunConfig", manager: "PluginManager", world_size: int)
     )
     hf_config = read_hf_config(path)
     family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), weights.model_type)
-    architecture = override(family.architecture(hf_config), config)
+    architecture = override(read_head(family.architecture(hf_config), hf_config), config)
     layout = layout_of(config, world_size, num_layers=architecture.num_layers)
     if problems := check_model(config, architecture, layout):
         raise UsageError(problems)

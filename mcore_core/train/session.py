@@ -110,6 +110,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     recipe: Recipe[Any] = build_recipe(config, template)
     if prepared.losses:
         recipe.use_losses(prepared.losses)  # type: ignore[attr-defined]  # of recipes with losses
+    source = source.with_head(recipe.head)
     resume = _resume_from(config, source)
     data = build_data(
         config,

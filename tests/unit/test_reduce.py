@@ -88,3 +88,33 @@ def test_any_rank():
         return any_rank(rank == 1, CPU), any_rank(False, CPU)
 
     assert fork_ranks(one_rank, 2) == [(True, False)] * 2
+
+
+def test_per_seq_of_rows():
+    values = torch.stack((VALUES, 10 * VALUES), 1)
+    assert RowReduce(SEQ, OWNS).per_seq(values).tolist() == [[10, 100], [0, 0], [26, 260]]
+
+
+def test_gathered_rows_keep_their_gradient():
+    """Ranks with 2, 0 and 3 rows; each counts a function of all rows times its own rank."""
+    rows = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(0, 2), torch.ones(3, 2) * 5]
+    whole = torch.cat(rows)
+
+    def one_rank(rank):
+        mine = rows[rank].clone().requires_grad_()
+        reduce = RowReduce(SEQ, OWNS, None, dist.group.WORLD)
+        everyone = reduce.gather_seqs(mine)
+        ((everyone**2).sum() * (rank + 1)).backward()
+        where = reduce.rows_of_gathered(len(mine))
+        return everyone.tolist(), mine.grad.tolist(), (where.start, where.stop)
+
+    ranks = fork_ranks(one_rank, 3)
+    assert [r[0] for r in ranks] == [whole.tolist()] * 3
+    assert [r[1] for r in ranks] == [(2 * r * 6).tolist() for r in rows]  # 1 + 2 + 3 losses
+    assert [r[2] for r in ranks] == [(0, 2), (2, 2), (2, 5)]
+
+
+def test_gather_on_one_rank():
+    reduce = RowReduce(SEQ, OWNS)
+    assert reduce.gather_seqs(VALUES) is VALUES
+    assert reduce.rows_of_gathered(3) == slice(0, 3)

@@ -1,6 +1,6 @@
 """The bridge that the kernel calls: a plan from a family's table, and what is derived from it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcore_hfbridge.coverage import Coverage, coverage
 from mcore_hfbridge.export import export
@@ -42,11 +42,15 @@ class HFBridge:
         max_shard_size: int,
         source: "Path | None",
         weights: "Mapping[str, torch.Tensor] | None" = None,
+        config: "Mapping[str, Any] | None" = None,
     ) -> None:
-        """Write an HF checkpoint; collective. Files hold at most `max_shard_size` bytes."""
+        """Write an HF checkpoint; collective. Files hold at most `max_shard_size` bytes.
+
+        `source` gives config.json, into which `config` is merged, and the tokenizer's files.
+        """
         own = _weights(chunks)
         written = own if weights is None else weights
-        save(self.plan, written, path, Ranks.of(own), max_shard_size, source)
+        save(self.plan, written, path, Ranks.of(own), max_shard_size, source, config)
 
     def export(
         self,

@@ -59,10 +59,10 @@ def coverage(plans: "Sequence[Plan]", folder: "Path") -> Coverage:
             if name in seen:
                 continue
             seen.add(name)
-            claim.expected += name not in rule.hf_copies
+            claim.expected += name not in rule.hf_copies and not rule.optional
             if name in files.tensors:
                 claim.tensors.append(name)
-    reasons = {i.pattern: i.reason for i in plan.family.ignored}
+    reasons = {i.pattern: i.reason for i in plan.ignored}
     ignored = {
         name: reason
         for name in files.tensors

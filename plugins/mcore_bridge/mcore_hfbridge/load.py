@@ -56,6 +56,8 @@ def load(
         with files.reading(), torch.no_grad():
             for name, weight in weights.items():
                 rule = plan.weights[name]
+                if rule.rule.optional and not files.tensors.keys() >= {*rule.hf}:
+                    continue
                 group = rule.rule.shard.group
                 part = weight.detach()
                 problems += fill(files, rule, part, ranks.at(group), ranks.sizes[group])

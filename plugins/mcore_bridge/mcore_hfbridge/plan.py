@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from math import prod
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from mcore_core.errors import Problem
+from mcore_core.model.family import Ignored
 from mcore_hfbridge.hf_files import BYTES, FLOATS, HFFiles, HFTensor
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from mcore_core.model.family import Family, Piece, Rule, Shape
 
 _OPTIONS = "fix: check the model options; if they are right, the family is at fault"
+_DEPTHS = 4
+"""No checkpoint has more layers of multi-token prediction."""
 SHOWN = 50
 """Problems listed one by one; more are counted."""
 
@@ -59,6 +64,8 @@ class HFPart:
     held_by: list[tuple[str, int]] = field(default_factory=list)
     """(weight, position among that weight's HF tensors)."""
     copies: tuple[str, ...] = ()
+    optional: bool = False
+    """A checkpoint may lack it."""
 
 
 class Plan:
@@ -75,6 +82,7 @@ class Plan:
         self.hf: dict[str, HFPart] = {}
         """In the order of export: layer by layer."""
         self.reads_only = rules is not None
+        self._architecture = architecture
         rules = family.rules(architecture) if rules is None else rules
         # Neighbouring rules of layers are spelled out together, one layer after another.
         for layered, run in groupby(rules, key=lambda rule: "l" in rule.over):
@@ -94,6 +102,7 @@ class Plan:
                 part = self.hf.setdefault(spelled, HFPart(spelled, shape, [], ()))
                 part.held_by.append((weight.name, i))
             self.hf[name].copies = weight.rule.hf_copies
+            self.hf[name].optional = weight.rule.optional
 
     def _check_table(self) -> None:
         """Raise ValueError where the table itself loses elements: a mistake of its author."""
@@ -119,7 +128,7 @@ class Plan:
                 [f"{part.held_by[0][0]} is made of it", _complete(part)],
             )
             for name, part in self.hf.items()
-            if name not in files.tensors
+            if name not in files.tensors and not part.optional
         ]
         allowed = self.hf | {c: p for p in self.hf.values() for c in p.copies}
         for name, tensor in files.tensors.items():
@@ -131,13 +140,18 @@ class Plan:
                 problems.append(Problem(code, f"{where}: {name!r} {why}", [f"fix: {fix}"]))
         return problems
 
+    @cached_property
+    def ignored(self) -> "tuple[Ignored, ...]":
+        """What is left out on purpose: by the family, or since this model has no such part."""
+        return (*self.family.ignored, *_left_out(self.family, self._architecture))
+
     def is_ignored(self, name: str) -> bool:
         """Return whether a tensor is left out on purpose."""
-        return any(re.fullmatch(i.pattern, name) for i in self.family.ignored)
+        return any(re.fullmatch(i.pattern, name) for i in self.ignored)
 
     def missing(self, files: HFFiles) -> int:
         """Return how many of the table's tensors are not in the files."""
-        return sum(name not in files.tensors for name in self.hf)
+        return sum(n not in files.tensors and not p.optional for n, p in self.hf.items())
 
     def _misfit(self, tensor: HFTensor, part: HFPart | None) -> tuple[str, str, str] | None:
         """Return code, reason and fix where a tensor of a file is not as the table has it."""
@@ -198,6 +212,26 @@ def _complete(part: HFPart) -> str:
     predicts = any(name.startswith("mtp.") for name, _ in part.held_by)
     without = ", or set num_nextn_predict_layers to 0 in config.json to go without"
     return "fix: use a complete checkpoint" + (without if predicts else "")
+
+
+def _left_out(family: "Family", architecture: "Architecture") -> list[Ignored]:
+    """Return what a checkpoint may have that a model with this head has not."""
+    found = []
+    if architecture.head != "lm":
+        found.append(
+            Ignored(r"lm_head\..*", "the output layer: this model does not predict tokens")
+        )
+    if architecture.mtp_layers == 0:
+        for i in range(_DEPTHS):
+            wider = replace(architecture, mtp_layers=i + 1)
+            own = [r for r in family.rules(wider) if r.mcore.startswith(f"mtp.layers.{i}.")]
+            names = [name for rule in own for name in rule.hf]
+            prefix = commonprefix(names)  # noqa: RUF071  (names, not paths)
+            if "." not in prefix:
+                break
+            pattern = re.escape(prefix[: prefix.rindex(".") + 1]) + ".*"
+            found.append(Ignored(pattern, "a layer of multi-token prediction: this model has none"))
+    return found
 
 
 def _instances(rule: "Rule") -> list[Weight]:

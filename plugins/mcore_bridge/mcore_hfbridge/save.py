@@ -45,6 +45,7 @@ def save(
     ranks: "Ranks",
     max_shard_size: int,
     source: Path | None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder; collective. On an error the folder keeps the files it had."""
     agree(_make_folder(path))
@@ -84,7 +85,7 @@ def save(
     for file in written:
         (path / _partial(file)).replace(path / file)
     agree([])
-    agree(_finish(plan, path, files, sizes, ranks, source) if main else [])
+    agree(_finish(plan, path, files, sizes, ranks, source, config or {}) if main else [])
 
 
 def save_file(
@@ -165,6 +166,7 @@ def _finish(
     sizes: Mapping[str, int],
     ranks: "Ranks",
     source: Path | None,
+    config: Mapping[str, Any],
 ) -> list[Problem]:
     """Write what goes with the weights and remove weights of an earlier save."""
     try:
@@ -183,7 +185,7 @@ def _finish(
             )
         if source is not None:
             dtype = ranks.held[next(iter(plan.hf.values())).held_by[0][0]].dtype
-            copy_companions(source, path, str(dtype).removeprefix("torch."))
+            copy_companions(source, path, str(dtype).removeprefix("torch."), config)
     except UsageError as error:
         return list(error.problems)
     except OSError as error:
@@ -191,11 +193,13 @@ def _finish(
     return []
 
 
-def copy_companions(source: Path, path: Path, dtype: str) -> None:
-    """Copy config.json, with the type that was written, and the tokenizer's files."""
+def copy_companions(
+    source: Path, path: Path, dtype: str, changes: Mapping[str, Any] | None = None
+) -> None:
+    """Copy config.json, with the type that was written and `changes`, and the tokenizer's files."""
     config = {k: v for k, v in read_hf_config(source).items() if k != "quantization_config"}
     keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["dtype"]
-    _write_json(path / "config.json", config | dict.fromkeys(keys, dtype))
+    _write_json(path / "config.json", config | dict.fromkeys(keys, dtype) | dict(changes or {}))
     if source.resolve() == path.resolve():
         return
     for found in sorted({f for pattern in COMPANIONS for f in source.glob(pattern)}):
