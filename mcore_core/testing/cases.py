@@ -137,7 +137,6 @@ class Session:
             optimizer=self.optimizer,
             schedule=self.schedule,
         )
-        recipe = self.stepper.recipe
         self.models = Models(
             ScoredModel(chunks=self.chunks, plan=self.plan),
             recipe,

@@ -34,6 +34,9 @@ class Coupled:
         self.head = head
         self.frozen = {}
 
+    def prepare(self, units, run):
+        yield units
+
     def collate(self, units):
         fields = pack_marked([(u["input_ids"], last_token(u["input_ids"], 0)) for u in units])
         labels = torch.tensor([u["label"] for u in units])
