@@ -297,9 +297,15 @@ def test_unknown_architecture(catalogue):
 
 
 def test_a_head_that_the_family_does_not_have_is_unknown(catalogue):
-    config = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
-    with pytest.raises(UsageError, match="LlamaForSequenceClassification"):
+    config = {"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}
+    with pytest.raises(UsageError, match="LlamaForQuestionAnswering"):
         resolve_family(config, catalogue)
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_a_head_other_than_the_language_model_s(catalogue, name):
+    config = {"model_type": "llama", "architectures": [name]}
+    assert resolve_family(config, catalogue).name == "llama"
 
 
 def test_model_folder(tmp_path, monkeypatch):
