@@ -215,20 +215,15 @@ def _complete(part: HFPart) -> str:
 
 
 def _left_out(family: "Family", architecture: "Architecture") -> list[Ignored]:
-    """Return what a checkpoint may have that a model with this head has not."""
-    found = []
-    if architecture.head != "lm":
-        found.append(
-            Ignored(r"lm_head\..*", "the output layer: this model does not predict tokens")
-        )
-    if architecture.mtp_layers == 0:
-        for i in range(_DEPTHS):
-            wider = replace(architecture, mtp_layers=i + 1)
-            own = [r for r in family.rules(wider) if r.mcore.startswith(f"mtp.layers.{i}.")]
-            names = [name for rule in own for name in rule.hf]
-            prefix = commonprefix(names)  # noqa: RUF071  (names, not paths)
-            if "." not in prefix:
-                break
+    """Return what a language model's checkpoint has that a model with another head has not."""
+    if architecture.head == "lm":
+        return []
+    found = [Ignored(r"lm_head\..*", "the output layer: this model does not predict tokens")]
+    for i in range(_DEPTHS):
+        rules = family.rules(replace(architecture, mtp_layers=i + 1))
+        names = [n for r in rules if r.mcore.startswith(f"mtp.layers.{i}.") for n in r.hf]
+        prefix = commonprefix(names)  # noqa: RUF071  (names, not paths)
+        if "." in prefix:
             pattern = re.escape(prefix[: prefix.rindex(".") + 1]) + ".*"
             found.append(Ignored(pattern, "a layer of multi-token prediction: this model has none"))
     return found
