@@ -29,7 +29,7 @@ from mcore_core.parallel import state
 from mcore_core.parallel.stages import SplitOptions, layers_per_stage
 from mcore_core.parallel.topology import Layout
 from mcore_core.platform import install
-from mcore_core.protocols import FrozenModel, TunerContext
+from mcore_core.protocols import FrozenModel, HeadSpec, TunerContext
 from mcore_core.rollout import EngineContext
 from mcore_core.testing.parity import (
     Part,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from mcore_core.config.group import ConfigGroup
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Rule
-    from mcore_core.protocols import HeadSpec, Recipe, RolloutEngine, StepResult, Unit
+    from mcore_core.protocols import Recipe, RolloutEngine, StepResult, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +199,7 @@ class Session:
         return Trainable(self.chunks, self.optimizer, self.layout, self.tuner.partial)
 
     def _context(self) -> TunerContext:
-        architecture = self.case.architecture
+        architecture = self.plan.architecture
         return TunerContext(
             config=self.config,
             family=Family(
@@ -267,7 +267,7 @@ def _plan(
     architecture: "Architecture",
     layout: Layout,
     config: "RunConfig",
-    head: "HeadSpec",
+    head: HeadSpec,
 ) -> ModelPlan:
     options = config[DistributedConfig]
     split = SplitOptions(

@@ -265,4 +265,5 @@ def test_large_logits_do_not_overflow():
 
 def test_head_out_names():
     """Recipes and plugins rely on these."""
-    assert list(HeadOut.__dataclass_fields__) == ["logps_T", "entropy_T", "divergence_T"]
+    names = ["logps_T", "entropy_T", "divergence_T", "values_TN"]
+    assert list(HeadOut.__dataclass_fields__) == names
