@@ -9,7 +9,7 @@ from commands import losses, metrics
 from conftest import make_model
 
 SMALL = [
-    "--num_workers", "0", "--lr", "2e-3", "--micro_batch_size", "4", "--global_batch_size", "8",
+    "--num_workers", "0", "--micro_batch_size", "4", "--global_batch_size", "8",
     "--log_interval", "1", "--max_length", "96",
 ]  # fmt: skip
 
@@ -52,6 +52,7 @@ def start(mcore, model, tmp_path_factory):
     def run(plugin, dataset, *options, ranks=1, code=0):
         argv = ["run", "--plugin", plugin, "--model", model, "--dataset", dataset, *SMALL]
         argv += ["--save", tmp_path_factory.mktemp(plugin), *options]
+        argv += [] if "--lr" in options else ["--lr", "2e-3"]
         ran = mcore(*argv) if ranks == 1 else mcore.ranks(ranks, *argv)
         assert ran.code == code, ran.err
         return ran
@@ -81,6 +82,48 @@ def test_kto_learns(start, answers):
     lines = metrics(ran.folder())
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-3)
     assert evaluation(ran.folder())["eval/rewards/margins"] > 0.1
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_rm_opens_in_transformers_with_its_scores(start, pairs, tmp_path, tuner):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rng = random.Random(7)
+    talks = [sums(rng) for _ in range(16)]
+    rows = [{"prompt": q, "chosen": good, "rejected": bad} for q, good, bad in talks]
+    held_out = write(tmp_path / "held_out.jsonl", rows)
+    ran = start(
+        "rm",
+        pairs,
+        "--val_dataset",
+        held_out,
+        "--train_iters",
+        8,
+        "--eval_interval",
+        8,
+        "--center_rewards_coefficient",
+        "0.01",
+        "--tuner_type",
+        tuner,
+        "--lr",
+        "5e-3",
+    )
+    last = evaluation(ran.folder())
+    assert last["eval/accuracy"] > 0.8
+    folder = ran.folder() / ("checkpoint-8" if tuner == "full" else "checkpoint-8-merged")
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    assert scorer.config.num_labels == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = {"chosen": [], "rejected": []}
+    for question, *both in talks:
+        for side, answer in zip(scores, both, strict=True):
+            talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
+            with torch.no_grad():
+                scores[side].append(float(scorer(ids["input_ids"]).logits))
+    for side, values in scores.items():
+        mean = sum(values) / len(values)
+        assert last[f"eval/rewards/{side}"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
 
 
 def logps(folder, talks):
@@ -197,7 +240,7 @@ BAD = {
         "  fix: correct the row, or --strict false to leave it out\n",
     ),
     "identical answers": (
-        "dpo",
+        "rm",
         [{"prompt": "q", "chosen": "a", "rejected": "a"}],
         [],
         "error[MC405]: {file}: none of its 1 rows can be read\n"

@@ -10,6 +10,8 @@ from mcore_rlhf.dpo.config import DPOConfig
 from mcore_rlhf.dpo.recipe import DPORecipe
 from mcore_rlhf.kto.config import KTOConfig
 from mcore_rlhf.kto.recipe import KTORecipe
+from mcore_rlhf.rm.config import RMConfig
+from mcore_rlhf.rm.recipe import RMRecipe
 from sft_case import SGD, SHAPES, VOCAB
 
 from mcore_core.config.template import TemplateConfig
@@ -26,8 +28,9 @@ TEMPLATE = SimpleNamespace(
 GROUPS_OF = {
     "dpo": (RLHFConfig, DPOConfig, ReferenceConfig),
     "kto": (RLHFConfig, KTOConfig, ReferenceConfig),
+    "rm": (RLHFConfig, RMConfig),
 }
-RECIPES = {"dpo": DPORecipe, "kto": KTORecipe}
+RECIPES = {"dpo": DPORecipe, "kto": KTORecipe, "rm": RMRecipe}
 GATHERED = {"dpo": ("aot", "aot_unpaired", "bco_pair")}
 MIXED = "sigmoid,ipo,apo_down,sft,orpo"
 """Losses of every kind: sums and means, with and without a reference, and the NLL."""
@@ -103,6 +106,6 @@ def preference_case(recipe, architecture="qk-norm", *, dp=1, steps=3, **options)
         architecture=ARCHITECTURES[architecture],
         recipe=lambda config: RECIPES[recipe](config, TEMPLATE),
         steps=joined(data(recipe, steps), dp),
-        options={**base, **options},
+        options={k: list(v) if isinstance(v, tuple) else v for k, v in {**base, **options}.items()},
         groups=GROUPS_OF[recipe],
     )

@@ -60,6 +60,8 @@ def test_the_reference_differs_from_the_policy_and_every_weight_trains():
         ("dpo", "dp2", "qk-norm"),
         ("kto", "pp2", "qk-norm"),
         ("kto", "dp2", "qk-norm"),
+        ("rm", "cp2", "qk-norm"),
+        ("rm", "tp2-sp", "qk-norm"),
     ],
 )
 def test_layout(recipe, layout, architecture):
@@ -100,6 +102,8 @@ pass has it, with masks that a layout does not change."""
 def test_lora(recipe, layout):
     """The reference is the policy with its adapters off."""
     options = {**LORA, "lora_dropout": 0.0, "lr": 0.1}
+    if recipe == "rm":
+        options |= {"modules_to_save": ("score",), "lr": 0.01}
     check(recipe, layout, "moe" if layout in MOE else "qk-norm", **options)
 
 

@@ -14,7 +14,7 @@ from mcore_core.errors import UsageError
 from mcore_core.testing.contracts import PluginContract
 
 DATA = Path(__file__).parents[1] / "data"
-SECTIONS = {"dpo": ("RLHF", "DPO"), "kto": ("RLHF", "KTO")}
+SECTIONS = {"dpo": ("RLHF", "DPO"), "kto": ("RLHF", "KTO"), "rm": ("RLHF", "RM")}
 CHOICES = {"f_divergence_type", ("kto", "loss_type")}
 """Specified as text; they have a list of choices here."""
 
@@ -25,6 +25,10 @@ class TestDPO(PluginContract):
 
 class TestKTO(PluginContract):
     plugin = "kto"
+
+
+class TestRM(PluginContract):
+    plugin = "rm"
 
 
 def rows(plugin):
@@ -129,6 +133,18 @@ REFUSED = {
         ["kto", "--desirable_weight", "0", "--undesirable_weight", "0"],
         "error[MC320]: --desirable_weight 0 and --undesirable_weight 0 leave nothing to train on\n"
         "  fix: give one of them another value",
+    ),
+    "per token": (
+        ["rm", "--calculate_per_token_loss"],
+        "error[MC310]: --calculate_per_token_loss true: the plugin 'rm' cannot use it: its loss "
+        "is over pairs of answers, not tokens\n"
+        "  fix: leave the option out",
+    ),
+    "an option of dpo alone": (
+        ["rm", "--beta", "0.2"],
+        "error[MC304]: unknown option --beta\n"
+        "  it belongs to the plugin 'dpo', which is not active\n"
+        "  fix: add it with --plugin dpo, or leave the option out",
     ),
 }
 

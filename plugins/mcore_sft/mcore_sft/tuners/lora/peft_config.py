@@ -22,6 +22,7 @@ def describe(
     *,
     base: str,
     saved: Sequence[str],
+    task: str = "CAUSAL_LM",
 ) -> dict[str, Any]:
     """Return the config of an adapter.
 
@@ -31,6 +32,7 @@ def describe(
         every: All that the model has.
         base: The model that it belongs to.
         saved: Modules that train in full.
+        task: PEFT's name of what the model's head does.
     """
     experts = any(p.experts for p in every)
 
@@ -49,7 +51,7 @@ def describe(
     )
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,

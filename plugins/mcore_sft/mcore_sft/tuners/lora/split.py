@@ -85,9 +85,12 @@ class Projection:
 
     @property
     def is_adaptable(self) -> bool:
-        """Whether it is a matrix whose columns are the HF matrix's inputs."""
+        """Whether it is a matrix whose columns are the HF matrix's inputs.
+
+        A score head is none: the recipe's new head trains in full (modules_to_save), as in PEFT.
+        """
         rule = self.entry.rule
-        if len(rule.shape) != 2:
+        if len(rule.shape) != 2 or self.entry.weight == "score.weight":
             return False
         return all(p.size[1] == rule.shape[1] and p.step(1) == 1 for p in self._pieces)
 

@@ -122,6 +122,7 @@ class Lora:
                 self.every,
                 base=self.context.config[WeightsConfig].model or "",
                 saved=self.spec.saved_modules,
+                task="SEQ_CLS" if self.context.architecture.head == "scores" else "CAUSAL_LM",
             )
             peft_config.write(path, found)
 
