@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from mcore_core.model.config import DecoderConfig
 
 
+HEAD_MULTIPLE = 8
+"""What FlashAttention wants the size of a head to be a multiple of."""
+
+
 class CoreAttention(MegatronModule):  # type: ignore[misc]
     """Drop-in for megatron's DotProductAttention in a layer spec, for causal packed rows.
 
@@ -133,8 +137,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if plan.key_index is not None:
             k, v = k.index_select(0, plan.key_index), v.index_select(0, plan.key_index)
         size = v.shape[-1]
-        if size != q.shape[-1]:
-            v = F.pad(v, (0, q.shape[-1] - size))
+        # the kernel wants heads of equal size, a multiple of 8: zeros change no product
+        full = -(-q.shape[-1] // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        q, k, v = (
+            F.pad(x, (0, full - x.shape[-1])) if x.shape[-1] < full else x for x in (q, k, v)
+        )
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if self.softmax_offset is not None:
             sinks = self.softmax_offset
