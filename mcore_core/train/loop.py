@@ -118,6 +118,11 @@ def _after_step(session: Session, result: "StepResult", waited: float) -> None:
         extra["tflops_per_device"] = flops / result.seconds / run.world_size / 1e12
     if logging.log_params_norm:
         extra["params_norm"] = params_norm(stepper.chunks)
+    if stepper.empty:
+        session.reports.warn_once(
+            f"empty {run.step}",
+            f"step {run.step}: no token of its global batch trains; nothing was changed",
+        )
     logged = session.reports.step(run, result, extra)
     session.hooks.mcore_step_end(run=run, step=run.step, result=result)
     if logged is not None and run.is_main:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 SIZES = tuple(f.name for f in dataclasses.fields(StepSize))
 MIN_COUNT = 1e-30
-"""Below it nothing trains: the step is refused, after a backward pass of zeros."""
+"""Below it nothing trains: no update is made, after a backward pass of zeros."""
+EMPTY_STEPS = 8
+"""After so many steps in a row in which nothing trained the run stops."""
 
 
 @dataclass(slots=True)
@@ -67,6 +69,8 @@ class Stepper:
         self.timers = Timers()
         self.size = StepSize(tokens=0, head_tokens=0, pairs=0)
         """How much data the last step had."""
+        self.empty = 0
+        """Steps in a row, the last one included, in which nothing trained."""
         self.config = self.chunks[0].config
         self.experts = ExpertReport(self.chunks, device)
         self.config.finalize_model_grads_func = _finalize
@@ -117,7 +121,8 @@ class Stepper:
             step: Number of this step, from 1.
 
         Raises:
-            RunFailure: The loss is not finite, or nothing in the global batch trains.
+            RunFailure: The loss is not finite, or nothing trains in several batches in a row. In one
+                alone no weight changes, and the loss is NaN.
         """
         begin = time.perf_counter()
         placed = self._guided(self.place(micros))
@@ -138,15 +143,16 @@ class Stepper:
         shares = self._run(placed, forward_only=False)
         totals = self._totals(shares, placed)
         self.timers.forward_backward = time.perf_counter() - begin - self.timers.place
-        if float(count) <= 0:
+        self.size = StepSize(**{name: totals[name][0] for name in SIZES})
+        self.empty = self.empty + 1 if float(count) <= 0 else 0
+        if self.empty >= EMPTY_STEPS:
             raise RunFailure(
                 "MC801",
-                f"step {step}: no token of the global batch trains",
+                f"step {step}: no token of the last {EMPTY_STEPS} global batches trains",
                 "every target of every sequence has weight 0; see --loss_scale and the data",
             )
-        self.size = StepSize(**{name: totals[name][0] for name in SIZES})
-        loss = totals["loss"][0] / float(count)
-        if not math.isfinite(loss):
+        loss = totals["loss"][0] / float(count) if not self.empty else math.nan
+        if not self.empty and not math.isfinite(loss):
             raise RunFailure(
                 "MC802",
                 f"step {step}: the loss is {loss}",
@@ -154,7 +160,7 @@ class Stepper:
                 "fix: lower --lr, check the data, or train in --torch_dtype bfloat16 or float32",
             )
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = 0.0 if self.empty else self.optimizer.step()[1]
         assert self.schedule is not None
         self.schedule.step(1)
         self.timers.optimizer = (

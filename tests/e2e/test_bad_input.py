@@ -159,7 +159,7 @@ WHOLE = {
         "'mamba9'), which no family reads\n",
     ),
     "data, weights and the run folder at once": (
-        ["run", "--plugin", "sft", "--model", "{tmp}/cut", "--dataset", "{tmp}/rows.jsonl", 
+        ["run", "--plugin", "sft", "--model", "{tmp}/cut", "--dataset", "{tmp}/rows.jsonl",
          "{tmp}/empty.jsonl", "--save", "{rows}/run"],
         "error[MC401]: {tmp}/rows.jsonl: no such file or folder\n"
         "  fix: check the path; relative paths start at {cwd}\n"
@@ -167,8 +167,8 @@ WHOLE = {
         "  fix: check the file, or name another\n"
         "error[MC708]: --save {rows}/run: {rows} is a file, not a folder\n"
         "  fix: --save with another folder\n"
-        "error[MC522]: {tmp}/cut/model.safetensors is truncated: it has 500 bytes, its header alone "
-        "needs more\n  fix: copy or download the file again from where the model came from\n",
+        "error[MC522]: {tmp}/cut/model.safetensors is truncated: it has 500 bytes, its header "
+        "alone needs more\n  fix: copy or download the file again from where the model came from\n",
     ),
 }  # fmt: skip
 NOTE = "note: max_epochs is 1: neither train_iters nor max_epochs was given\n"
