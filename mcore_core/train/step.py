@@ -121,8 +121,8 @@ class Stepper:
             step: Number of this step, from 1.
 
         Raises:
-            RunFailure: The loss is not finite, or nothing trains in several batches in a row. In one
-                alone no weight changes, and the loss is NaN.
+            RunFailure: The loss is not finite, or nothing trains in several batches in a row. (In
+                one alone no weight changes, and the loss is NaN.)
         """
         begin = time.perf_counter()
         placed = self._guided(self.place(micros))

@@ -95,7 +95,7 @@ def test_damage_is_found_at_its_layer(mcore, model, tmp_path):
     assert (
         "error[MC808]: the converted model differs from transformers' Qwen3ForCausalLM" in ran.err
     )
-    assert "first at the layer 2" in ran.err
+    assert "first at layer 2" in ran.err
     assert "Traceback" not in ran.err
 
 
