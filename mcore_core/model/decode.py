@@ -87,8 +87,8 @@ class Kept:
     positions_T: Tensor
     """Position of each of those tokens in its sequence, int64."""
     keys: int | None = None
-    """Of a step, in which slots 0, 1, .. have one token each: positions that the longest sequence
-    has, the new token's included. None: whole sequences from their beginning."""
+    """Of a step, in which slots 0, 1, .. have one token each: how many positions are looked at, at
+    least those of the longest sequence with its new token. None: sequences from their beginning."""
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values of the row, [T, G, D]; return those of all slots."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
     from mcore_rlhf.rollout.native.slots import Ints
 
+KEYS = 64
+"""On a GPU a step looks at a multiple of so many positions."""
+
 
 def row_multiple(plan: "ModelPlan") -> int:
     """Return what the tokens of a row are padded to."""
@@ -64,5 +67,8 @@ def step(tokens: "Ints", positions: "Ints", state: DecodeState, device: torch.de
     """Return the row of one token for each of the first slots."""
     ints = torch.from_numpy(np.stack((tokens, positions))).to(device, non_blocking=True)
     slots = torch.arange(len(tokens), device=device)
-    kept = Kept(state, slots, ints[1], keys=int(positions.max()) + 1)
+    keys = int(positions.max()) + 1
+    if device.type == "cuda":  # kernels are chosen by shape: let few shapes come up
+        keys = min(state.capacity, -(-keys // KEYS) * KEYS)
+    kept = Kept(state, slots, ints[1], keys=keys)
     return Input(ints[0], PackedRow(qkv_format="thd", positions_T=ints[1], kept=kept))
