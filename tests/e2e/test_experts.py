@@ -74,4 +74,4 @@ def test_an_unknown_dispatcher(mcore, sft):
     ran = mcore(*sft, "--moe_token_dispatcher_type", "alltoal")
     assert ran.code == 2
     assert "error[MC202]: no dispatcher named 'alltoal'" in ran.err
-    assert "did you mean 'alltoall'" in ran.err
+    assert "did you mean: alltoall?" in ran.err
