@@ -9,15 +9,16 @@ usage: mcore <command> [options]
 commands:
   run       train: mcore run --plugin sft --model DIR --dataset FILE [--option value ...]
   export    convert a model between Hugging Face and megatron-core
+  plan      memory of each rank and the layouts that fit a cluster, without building the model
   bridge    show which rule claims which tensor: mcore bridge coverage --model DIR
   plugins   list installed plugins and what they provide
   args      list options, with types, defaults and help
   doctor    report versions, devices and what is missing
 
 `mcore run --plugin sft --help` lists the options of a recipe, `mcore --version` the version.
-With --json, plugins, args and doctor print one JSON document.
+With --json, plan, plugins, args and doctor print one JSON document.
 """
-COMMANDS = ("run", "export", "bridge", "plugins", "args", "doctor")
+COMMANDS = ("run", "export", "plan", "bridge", "plugins", "args", "doctor")
 INTERRUPTED = 130
 
 

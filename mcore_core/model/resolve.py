@@ -1,7 +1,7 @@
 """From what the user wrote in --model to a folder, its HF config, and the family that reads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,17 @@ WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"
 
 
 def resolve_model_dir(
-    model: str, *, revision: str | None = None, use_hf: bool = True, token: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    use_hf: bool = True,
+    token: str | None = None,
+    wanted: Sequence[str] = WANTED,
 ) -> Path:
-    """Return the folder of a model: itself where it is one, else a snapshot of the hub model."""
+    """Return the folder of a model: itself where it is one, else a snapshot of the hub model.
+
+    `wanted` are the patterns of the files that are fetched.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -41,10 +49,10 @@ def resolve_model_dir(
             f"--model {model} is not a folder, and --use_hf false asks for another hub",
             "fix: leave --use_hf at true, or download the model and give its folder",
         )
-    return _download(model, revision, token)
+    return _download(model, revision, token, wanted)
 
 
-def _download(model: str, revision: str | None, token: str | None) -> Path:
+def _download(model: str, revision: str | None, token: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow; not for local folders)
     from huggingface_hub.errors import (  # noqa: PLC0415  (slow; not for local folders)
         GatedRepoError,
@@ -56,7 +64,7 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     try:
         return Path(
-            snapshot_download(model, revision=revision, token=token, allow_patterns=list(WANTED))
+            snapshot_download(model, revision=revision, token=token, allow_patterns=list(wanted))
         )
     except GatedRepoError as error:
         why, fix = "its licence must be accepted first", "accept it on the hub, give --hub_token"

@@ -59,7 +59,9 @@ class Layers:
         else:
             mixer = self._latent() if shape.mla is not None else self._attention()
         experts = shape.moe is not None and index in shape.moe.layers
-        return round(self._norm() + mixer + self._norm() + (self._moe() if experts else self._mlp()))
+        return round(
+            self._norm() + mixer + self._norm() + (self._moe() if experts else self._mlp())
+        )
 
     def edge(self, index: int) -> int:
         """Return what is kept of a layer that is recomputed whole: its input."""
@@ -82,7 +84,9 @@ class Layers:
         keys = shape.num_query_groups * shape.kv_channels
         gate = heads if shape.attention_output_gate else 0
         cp = self.layout.cp
-        kept: float = (heads + gate + 2 * keys) * b  # linear_qkv's output, of which values are a view
+        kept: float = (
+            heads + gate + 2 * keys
+        ) * b  # linear_qkv's output, of which values are a view
         rotated = shape.position_embedding_type == "rope"
         if rotated or shape.qk_layernorm:
             kept += (heads + keys) * b

@@ -35,9 +35,7 @@ def measure(chunks: Sequence[Any], optimizer: Any) -> Measured:  # noqa: ANN401
     """Return what DDP-wrapped chunks and their optimizer keep, after at least one step."""
     parameters = [p for chunk in chunks for p in unwrap(chunk).parameters()]
     weights = _storages(parameters)
-    buffers = [
-        b for c in chunks for b in (*c.buffers, *getattr(c, "expert_parallel_buffers", ()))
-    ]
+    buffers = [b for c in chunks for b in (*c.buffers, *getattr(c, "expert_parallel_buffers", ()))]
     gradients = _storages([b.grad_data for b in buffers])
     kept: list[Tensor] = []
     for inner in _inner(optimizer):
