@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mcore_core.cli.fit import warn_if_too_large
 from mcore_core.config.distributed import DistributedConfig
 from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
@@ -87,6 +88,7 @@ def begin(prepared: "PreparedExport", source: "ModelSource") -> "Platform":
 def _train(prepared: "Prepared") -> None:
     source = source_of(prepared)
     platform = begin(prepared, source)
+    warn_if_too_large(prepared.config, source, platform)
     from mcore_core.parallel.state import shut_down  # noqa: PLC0415
     from mcore_core.train.loop import train  # noqa: PLC0415
     from mcore_core.train.session import open_session  # noqa: PLC0415

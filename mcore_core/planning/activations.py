@@ -84,9 +84,8 @@ class Layers:
         keys = shape.num_query_groups * shape.kv_channels
         gate = heads if shape.attention_output_gate else 0
         cp = self.layout.cp
-        kept: float = (
-            heads + gate + 2 * keys
-        ) * b  # linear_qkv's output, of which values are a view
+        # the output of linear_qkv, of which values are a view
+        kept: float = (heads + gate + 2 * keys) * b
         rotated = shape.position_embedding_type == "rope"
         if rotated or shape.qk_layernorm:
             kept += (heads + keys) * b

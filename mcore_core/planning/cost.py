@@ -4,6 +4,7 @@ The numbers below are of one H100 with NVLink inside a machine and 400 Gb/s betw
 training reaches them. They are for comparing layouts of one run, not for promising seconds.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,7 @@ def step_seconds(
     heads = shape.num_attention_heads * shape.kv_channels
     square = 2 * shape.num_layers * tokens * heads  # scores and their product, half of them masked
     again = {"full": 4 / 3, "none": 1.0}.get(recompute_of(config).granularity, 1.03)
-    speed, size = FLOPS, layout.tp
-    while size > 1:
-        speed, size = speed * (1 - THIN), size / 2
+    speed = FLOPS * (1 - THIN) ** math.log2(layout.tp)
     head = shape.vocab_size * shape.hidden_size
     table = head if shape.tie_word_embeddings else 2 * head
     layers = active - table + square + _few_rows(shape, layout, local)

@@ -83,12 +83,14 @@ def row_tokens(config: "RunConfig", shape: "Architecture") -> int:
     """Return the tokens of the longest row: full samples, or full packs."""
     each = config.get("packing_length") if config.get("packing") else None
     each = each or config.get("max_length") or min(shape.max_position_embeddings, DEFAULT_TOKENS)
-    return int(each) * int(config.get("micro_batch_size"))
+    tokens: int = each * config.get("micro_batch_size")
+    return tokens
 
 
 def micro_batches(config: "RunConfig", layout: "Layout") -> int:
     """Return how many micro-batches a data-parallel rank has in a step."""
-    return max(1, config.get("global_batch_size") // (config.get("micro_batch_size") * layout.dp))
+    count: int = config.get("global_batch_size") // (config.get("micro_batch_size") * layout.dp)
+    return max(1, count)
 
 
 def _given(config: "RunConfig", name: str) -> object:

@@ -8,7 +8,7 @@ from mcore_core.config.layout_rules import check_layout, check_model, layout_of,
 from mcore_core.errors import UsageError
 from mcore_core.parallel.stages import layers_per_stage
 from mcore_core.planning.cost import Seconds, step_seconds
-from mcore_core.planning.memory import GIB, Memory, largest, memory
+from mcore_core.planning.memory import GIB, Memory, largest, memory, row_tokens
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -113,11 +113,9 @@ def _powers(limit: int) -> Iterator[int]:
 def _choices(
     config: "RunConfig", shape: "Architecture", cluster: Cluster
 ) -> Iterator[dict[str, Any]]:
-    from mcore_core.planning.memory import row_tokens  # noqa: PLC0415  (used here only)
-
     contexts = 8 if row_tokens(config, shape) >= LONG else 2
     experts = shape.moe.num_experts if shape.moe and AXES[3] in config.names else 1
-    recompute = [{}]
+    recompute: list[dict[str, Any]] = [{}]
     if not config.is_set("recompute_granularity"):
         recompute.append(
             {

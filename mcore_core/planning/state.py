@@ -1,7 +1,6 @@
-"""Bytes of weights, gradients and optimizer state of a rank, from its parameters and the options."""
+"""Bytes of weights, gradients and optimizer state of a rank: its parameters times the options."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,8 @@ from mcore_core.config.optimizer import OptimizerConfig
 from mcore_core.config.precision import PrecisionConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mcore_core.config.compose import RunConfig
     from mcore_core.model.architecture import Architecture
     from mcore_core.parallel.topology import Layout
