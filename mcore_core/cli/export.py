@@ -20,6 +20,7 @@ USAGE = """\
 usage: mcore export --to_hf --load RUN --save DIR [--option value ...]
        mcore export --to_hf --model DIR --adapters DIR --save DIR [--option value ...]
        mcore export --to_hf --model DIR --save DIR [--option value ...]
+       mcore export --to_hf --model DENSE --upcycle 8 --save DIR [--option value ...]
        mcore export --to_mcore --model DIR --save DIR [--option value ...]
 
 Convert the weights of a checkpoint to safetensors that transformers opens, or the other way. From
@@ -38,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(USAGE + render_options(options, session.defaults))
         return 0
     prepared = _prepare(session, request, argv)
+    if prepared.config[ExportConfig].upcycle is not None:
+        from mcore_core.cli.upcycle import upcycle  # noqa: PLC0415  (imports torch)
+
+        return upcycle(prepared)
     from mcore_core.cli.execute import execute_export  # noqa: PLC0415  (imports torch)
 
     return execute_export(prepared)
@@ -107,6 +112,18 @@ def _check(config: RunConfig) -> Iterator[Problem]:
             "MC321",
             "--max_shard_size does nothing with --to_mcore",
             ["fix: leave it out"],
+        )
+    if export.upcycle is None and export.moe_upcycling_granularity != 1:
+        yield Problem(
+            "MC321",
+            "--moe_upcycling_granularity does nothing without --upcycle",
+            ["fix: add --upcycle 8, or leave it out"],
+        )
+    if export.upcycle is not None and (config.get("load") is not None or not export.to_hf):
+        yield Problem(
+            "MC320",
+            "--upcycle turns the weights of --model into safetensors",
+            ["fix: --to_hf --model DENSE --upcycle 8 --save DIR, without --load"],
         )
     for name in ("test_convert_dtype", "device_map"):
         if config.changed(name) and not export.test_convert_precision:

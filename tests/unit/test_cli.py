@@ -168,7 +168,7 @@ def test_parse_problems(argv: list[str], text: str) -> None:
         ),
         (
             ["plugin"],
-            "error[MC001]: unknown command 'plugin'\n  did you mean: plugins?\n"
+            "error[MC001]: unknown command 'plugin'\n  did you mean: plugins, plan?\n"
             "  fix: one of run, export, plan, bridge, plugins, args, doctor\n",
         ),
         (

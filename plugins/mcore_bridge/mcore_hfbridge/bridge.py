@@ -8,6 +8,7 @@ from mcore_hfbridge.load import load
 from mcore_hfbridge.plan import Plan
 from mcore_hfbridge.ranks import Ranks
 from mcore_hfbridge.save import save, save_file
+from mcore_hfbridge.upcycle import Upcycling, upcycle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,23 @@ class HFBridge:
         self.plan = Plan(family, architecture)
         others = [Plan(family, architecture, rules(architecture)) for rules in family.also_reads]
         self.plans = [self.plan, *others]
+
+    @staticmethod
+    def upcycle(
+        source: "Path",
+        path: "Path",
+        *,
+        copies: int,
+        granularity: int,
+        topk: int,
+        seed: int,
+        max_shard_size: int,
+    ) -> str:
+        """Write a dense model as one of experts; return what it became. See `upcycle.upcycle`."""
+        how = Upcycling(copies=copies, granularity=granularity, topk=topk, seed=seed)
+        made = upcycle(source, path, how, max_shard_size=max_shard_size)
+        chosen = made["num_experts_per_tok"]
+        return f"{made['model_type']}, {how.experts} experts of which a token takes {chosen}"
 
     def load(self, chunks: "Sequence[ModelChunk]", path: "Path") -> None:
         """Fill this rank's parameters; collective. Raises UsageError naming every problem."""
