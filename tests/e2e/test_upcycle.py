@@ -73,6 +73,8 @@ def test_equal_at_step_0(mcore, tmp_path, dataset, kind, becomes, options):
     expected = logits(source, kind)
     assert expected.std() > 0.1
     assert (logits(target, becomes) - expected).abs().max() < 1e-5
+    if kind == "Qwen2":  # transformers reads the same tokenizer.json otherwise for that model_type
+        return
     first = []
     for model in (source, target):
         run = mcore(
