@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ import torch
 
 from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.model.resolve import read_hf_config
+from mcore_core.model.weight_files import INDEX, SINGLE
 from mcore_hfbridge.export import pack
-from mcore_hfbridge.hf_files import INDEX, SINGLE, HFFiles
+from mcore_hfbridge.hf_files import HFFiles
 from mcore_hfbridge.save import copy_companions
 from mcore_hfbridge.writer import Entry, Writer, file_order
 
@@ -226,7 +228,7 @@ def _tensors(files: HFFiles, config: Mapping[str, Any], how: Upcycling) -> Itera
         whole = tuple(slice(0, n) for n in tensor.shape)
         found = _MLP.match(name)
         if found is None:
-            yield _Made(Entry(name, dtype, tensor.shape), lambda n=name, w=whole: files.read(n, w))
+            yield _Made(Entry(name, dtype, tensor.shape), partial(files.read, name, whole))
             continue
         layer, part = found[1], found[2]
         yield from _experts(files, name, layer, part, renamed[part], target, how)
@@ -256,10 +258,10 @@ def _experts(
 
     for expert in range(how.experts):
         entry = Entry(f"{layer}{target.experts}.{expert}.{short}.weight", dtype, shape)
-        yield _Made(entry, lambda s=expert % how.granularity: piece(s))
+        yield _Made(entry, partial(piece, expert % how.granularity))
     if target.shared:
         entry = Entry(f"{layer}mlp.shared_expert.{part}.weight", dtype, shape)
-        yield _Made(entry, lambda: piece(0, factor=0.0))
+        yield _Made(entry, partial(piece, 0, factor=0.0))
 
 
 def _router(
