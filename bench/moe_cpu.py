@@ -6,6 +6,7 @@ is run in turn, round after round, and the best round of each counts; outputs ar
     OMP_NUM_THREADS=2 python bench/moe_cpu.py [--tokens 2048] [--experts 16] [--rounds 7]
 """
 
+# ruff: noqa: ANN401
 import argparse
 import json
 import os

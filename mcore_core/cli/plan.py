@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         options = collect_options({PlanConfig: session.kernel[PlanConfig]}).values()
         sys.stdout.write(USAGE + render_options(options, session.defaults))
         return 0
-    config, _ = settle(compose_request(session, request))
+    session, config = read(rest)
     plan = make_plan(session, config)
     if len(rest) < len(argv):
         from mcore_core.planning.render import as_json  # noqa: PLC0415  (start-up time)
@@ -50,6 +50,13 @@ def main(argv: Sequence[str]) -> int:
 
         sys.stdout.write(as_text(plan, top=config[PlanConfig].top))
     return 0
+
+
+def read(argv: Sequence[str]) -> "tuple[Session, RunConfig]":
+    """Return the plugins and options of a command line. Raises UsageError with every problem."""
+    session = open_session([PlanConfig])
+    config, _ = settle(compose_request(session, read_request(session, argv)))
+    return session, config
 
 
 def make_plan(session: "Session", config: "RunConfig") -> "Plan":

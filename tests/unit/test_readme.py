@@ -47,12 +47,16 @@ def example(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", list(commands()))
 def test_commands_are_accepted(line, monkeypatch):
     """Every option exists, has a possible value and fits the others."""
-    from mcore_core.cli import export, run
+    from mcore_core.cli import export, plan, run
 
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     program, command, *arguments = shlex.split(line)
     assert program == "mcore"
+    if command == "plan":
+        _, config = plan.read([a for a in arguments if a != "--json"])
+        assert config.get("model")
+        return
     prepared = {"run": run.prepare, "export": export.prepare}[command](arguments)
     assert prepared.config.get("model")
 
