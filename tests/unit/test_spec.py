@@ -136,6 +136,8 @@ def test_only_these_options_are_beyond_the_specification() -> None:
         "node_rank",
         "master_addr",
         "master_port",
+        "upcycle",
+        "moe_upcycling_granularity",
     }
 
 
