@@ -23,7 +23,15 @@ VOCAB_ROWS = 128
 
 def is_vocabulary(key: str) -> bool:
     """Return whether the first dimension of a key's tensor is the (padded) vocabulary."""
-    return key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return key in _VOCABULARY
+
+
+_VOCABULARY = (
+    "embedding.word_embeddings.weight",
+    "embedding.word_embeddings.adapter.embed_tokens_A",
+    "output_layer.weight",
+    "output_layer.adapter.lm_head_B",
+)
 
 
 class Part(NamedTuple):

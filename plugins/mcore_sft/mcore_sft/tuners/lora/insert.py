@@ -201,9 +201,10 @@ def _order(pairs: Sequence[Pair], height: int) -> list[int]:
     """Return for each row of the rank's weight which row of the B matrices, stacked, it is."""
     order, start = [-1] * height, 0
     for pair in pairs:
-        for i, (_, row) in enumerate(pair.projection.rows(pair.place.rank, pair.place.size)):
-            order[row] = start + i
-        start += pair.b.shape[-2]
+        rows = pair.projection.rows(pair.place.rank, pair.place.size)
+        for i, (_, row) in enumerate(rows, start):
+            order[row] = i
+        start += len(rows)
     return order
 
 

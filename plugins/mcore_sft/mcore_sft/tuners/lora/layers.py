@@ -68,9 +68,9 @@ class Adapter(torch.nn.Module):
         for pair in pairs:
             self.register_parameter(f"{pair.projection.leaf}_A", pair.a)
             self.register_parameter(f"{pair.projection.leaf}_B", pair.b)
-        total = sum(p.b.shape[-2] for p in pairs)
+        total = sum(i >= 0 for i in order)
         self.order: Tensor | None = None
-        if list(order) not in ([], list(range(total))):
+        if list(order) != list(range(total)):
             index = [i if i >= 0 else total for i in order]
             self.order = torch.tensor(index, device=pairs[0].b.device)
 
@@ -124,8 +124,19 @@ class ColumnAdapter(Adapter):
         elif setting.several:
             narrow = copy_to_tensor_model_parallel_region(narrow, group=setting.group)
         parts = torch.split(narrow, [a.shape[0] for a, _, _ in found], -1)
-        wide = [F.linear(h, b) * s for h, (_, b, s) in zip(parts, found, strict=True)]
+        wide = [
+            F.linear(h, self._mine(pair)) * pair.scale
+            for h, pair in zip(parts, self.pairs, strict=True)
+        ]
         return self.arranged(wide)
+
+    def _mine(self, pair: Pair) -> Tensor:
+        """Return this rank's rows of B; where all ranks hold it, its gradient is summed."""
+        if pair.split_b or not self.setting.several:
+            return pair.b
+        whole: Tensor = copy_to_tensor_model_parallel_region(pair.b, group=self.setting.group)
+        mine = [hf for hf, _ in pair.projection.rows(pair.place.rank, pair.place.size)]
+        return whole.index_select(0, torch.tensor(mine, dtype=torch.long, device=whole.device))
 
 
 class RowAdapter(Adapter):

@@ -59,6 +59,11 @@ class Pair:
     scale: float
 
     @property
+    def split_b(self) -> bool:
+        """Whether ranks hold parts of B's rows."""
+        return self.projection.split == 0 and self.projection.is_even(self.place.size)
+
+    @property
     def rank(self) -> int:
         """The adapter's rank."""
         return self.b.shape[-1]
@@ -121,6 +126,8 @@ def local_outputs(projection: "Projection", place: Place, base: Tensor) -> int:
     """Return how many rows of B this rank holds."""
     if projection.entry.rule.pad:
         return base.shape[0]
+    if not projection.is_even(place.size):
+        return projection.outputs
     return len(projection.rows(place.rank, place.size))
 
 
@@ -130,11 +137,14 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 def _mark(pair: Pair, *, partial: bool) -> None:
     """Tell megatron which matrices ranks share, and which gradients are to be added up."""
-    split, embedding = pair.projection.split, pair.projection.kind == "embedding"
+    projection = pair.projection
+    split, embedding = projection.split, projection.kind == "embedding"
     lead = 1 if pair.place.experts else 0
     # an embedding's A lies along the vocabulary, as the rows of its weight do
     a_dim = 0 if embedding else lead + 1 if split == 1 else None
-    b_dim = lead if split == 0 and not embedding else None
+    b_dim = lead if pair.split_b and not embedding else None
+    # these get their whole gradient on every rank, summed in the backward pass
+    whole = [pair.a] if projection.entry.rule.pad else [pair.b] if split == 0 else []
     for parameter, dim in ((pair.a, a_dim), (pair.b, b_dim)):
         if pair.place.experts:
             parameter.allreduce = False  # type: ignore[attr-defined]  # expert-data-parallel group
@@ -143,7 +153,7 @@ def _mark(pair: Pair, *, partial: bool) -> None:
         elif pair.place.experts and pair.place.size == 1:
             # tensor-parallel ranks hold different experts: each counts in the gradient's norm
             set_tensor_model_parallel_attributes(parameter, True, lead, 1)
-        elif partial and not pair.place.experts:
+        elif partial and not pair.place.experts and not any(parameter is p for p in whole):
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
@@ -168,22 +178,20 @@ def sharded(
         a: Any = describe(key_a, pair.a, 0, resize=True)
         return {key_a: a, key_b: describe(key_b, pair.b, None)}
     a = describe(key_a, pair.a, 1 + lead if projection.split == 1 else None)
-    if projection.split != 0:
-        return {key_a: a, key_b: describe(key_b, pair.b, None)}
-    sections = projection.sections(pair.place.size)
+    sections, dim = projection.sections, lead if pair.split_b else None
     if len(sections) == 1:
-        b: Any = describe(key_b, pair.b, lead, resize=projection.entry.rule.pad)
-        return {key_a: a, key_b: b}
-    lengths = [n // pair.place.size for n in sections]
+        resize = projection.entry.rule.pad
+        return {key_a: a, key_b: describe(key_b, pair.b, dim, resize=resize)}
+    lengths = [n // (1 if dim is None else pair.place.size) for n in sections]
 
     def split(key: str, data: Tensor, replica: Any, _: object) -> list[ShardedTensor]:  # noqa: ANN401
         parts = torch.split(data, lengths, lead)
-        return [describe(f"{key}.{i}", part, lead) for i, part in enumerate(parts)]
+        return [describe(f"{key}.{i}", part, dim) for i, part in enumerate(parts)]
 
     def join(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, lead)
 
-    replica = (0, 0, describe.copy)
+    replica = (0, pair.place.rank if dim is None else 0, describe.copy)
     return {key_a: a, key_b: ShardedTensorFactory(key_b, pair.b, split, join, replica)}
 
 

@@ -72,8 +72,11 @@ def add(whole: Tensor, pair: "Pair", expert: int | None) -> None:
     elif projection.entry.rule.pad:
         whole += pair.scale * (b @ a)
     else:
-        rows = torch.tensor([row for _, row in projection.rows(place.rank, place.size)])
-        whole.index_add_(0, rows.to(whole.device), pair.scale * (b @ a))
+        held = projection.rows(place.rank, place.size)
+        if not projection.is_even(place.size):
+            b = b[torch.tensor([hf for hf, _ in held], dtype=torch.long, device=b.device)]
+        rows = torch.tensor([row for _, row in held], dtype=torch.long, device=whole.device)
+        whole.index_add_(0, rows, pair.scale * (b @ a))
 
 
 def _weights_of(pair: "Pair") -> Iterator[tuple[str, int | None]]:

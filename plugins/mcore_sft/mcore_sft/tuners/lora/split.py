@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mcore_core.model.family import Piece
     from mcore_sft.tuners.table import Entry
 
+_SIZES = (2, 3, 5, 7, 11, 13)
+"""Of groups, tried to see how a weight is shared."""
+
 type Kind = Literal["linear", "embedding", "router", "experts"]
 
 
@@ -117,43 +120,55 @@ class Projection:
         return sorted(found)
 
     @cached_property
-    def _sections(self) -> dict[int, tuple[int, ...]]:
+    def sections(self) -> tuple[int, ...]:
+        """Lengths of the runs of HF rows that are each shared evenly by the ranks of a group.
+
+        They are the same for every size of it: a fused HF tensor has one for q, k and v.
+        """
+        if self.split != 0 or self.entry.rule.pad:
+            return (self.outputs,)
+        found = (self._shared_by(size) for size in _SIZES)
+        return next((lengths for lengths in found if lengths), (self.outputs,))
+
+    def is_even(self, size: int) -> bool:
+        """Return whether each of `size` ranks holds an equal part of every section of B.
+
+        With fewer query groups than ranks they do not; then each rank has all of B.
+        """
+        if size == 1 or self.split != 0 or self.entry.rule.pad:
+            return True
+        if size not in self._even:
+            self._even[size] = self._shared_by(size) == self.sections
+        return self._even[size]
+
+    @cached_property
+    def _even(self) -> dict[int, bool]:
         return {}
 
-    def sections(self, size: int) -> tuple[int, ...]:
-        """Return the lengths of the runs of HF rows that are each shared evenly by `size` ranks."""
-        if self.split != 0 or size == 1:
-            return (self.outputs,)
-        if size not in self._sections:
-            self._sections[size] = self._find_sections(size)
-        return self._sections[size]
-
-    def _find_sections(self, size: int) -> tuple[int, ...]:
-        if self.entry.rule.pad:
-            return (self.outputs,)
+    def _shared_by(self, size: int) -> tuple[int, ...]:
+        """Return the lengths of the runs that `size` ranks share evenly; empty if they do not."""
+        rule = self.entry.rule
+        if not rule.shard.divides(rule.shape, size):
+            return ()
         held = [[hf for hf, _ in self.rows(rank, size)] for rank in range(size)]
         runs = [list(_runs(rows)) for rows in held]
         if len({len(r) for r in runs}) != 1:
-            raise ValueError(f"ranks hold unequal parts of {self.tensor}")
-        lengths = [sum(n for _, n in each) for each in zip(*runs, strict=True)]
-        starts = [each[0][0] for each in zip(*runs, strict=True)]
-        expected = [sum(lengths[:i]) for i in range(len(lengths))]
-        apart = [
-            each[rank] != (start + rank * each[0][1], each[0][1])
-            for each, start in zip(zip(*runs, strict=True), starts, strict=True)
-            for rank in range(size)
-        ]
-        if starts != expected or any(apart):
-            raise ValueError(f"ranks hold {self.tensor} in another order than that of its rows")
+            return ()
+        lengths: list[int] = []
+        for each in zip(*runs, strict=True):
+            start, length = sum(lengths), each[0][1]
+            if any(run != (start + r * length, length) for r, run in enumerate(each)):
+                return ()
+            lengths.append(length * size)
         return tuple(lengths)
 
     def shard_of_b(self, size: int) -> Shard:
         """Return which part of B a rank of the weight's group holds, of `size` ranks."""
         rule = self.entry.rule
-        if self.split != 0:
+        if self.split != 0 or not self.is_even(size):
             return Shard(group=rule.shard.group)
-        sections = self.sections(size)
-        return Shard(dim=0, group=rule.shard.group, sections=sections if len(sections) > 1 else ())
+        sections = self.sections if len(self.sections) > 1 else ()
+        return Shard(dim=0, group=rule.shard.group, sections=sections)
 
     def shard_of_a(self) -> Shard:
         """Return which part of A a rank of the weight's group holds."""
