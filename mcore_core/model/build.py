@@ -19,6 +19,7 @@ from mcore_core.config.model import ModelConfig
 from mcore_core.config.mtp import MTPConfig
 from mcore_core.config.precision import PrecisionConfig
 from mcore_core.config.train import TrainConfig
+from mcore_core.config.tuner import TunerConfig
 from mcore_core.model.config import SUBLAYERS, DecoderConfig
 from mcore_core.model.decoder import Decoder
 from mcore_core.model.moe.fields import expert_fields
@@ -190,6 +191,8 @@ def decoder_config(
         "architecture": shape,
         "rope": _rope(plan, train),
         "window_rope": _window_rope(plan, train),
+        # an adapter takes what its layer takes: after the norm
+        "separate_norms": config[TunerConfig].tuner_type == "lora",
         **_recompute(train),
         **_fp8(config[FP8Config]),
         **(train.megatron_extra_kwargs or {}),

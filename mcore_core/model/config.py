@@ -23,6 +23,8 @@ class DecoderConfig(TransformerConfig):  # type: ignore[misc]
     rope: "Rope | None" = field(default=None, repr=False)
     window_rope: "Rope | None" = field(default=None, repr=False)
     """The rotary table of windowed layers where it differs."""
+    separate_norms: bool = False
+    """Norms are modules of their own, also where an engine can fuse them into the layer after."""
     dispatcher: Any = field(default=None, repr=False)
     """The class that takes tokens to experts."""
     balance: str = "none"

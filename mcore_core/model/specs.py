@@ -86,7 +86,7 @@ def _engine(config: "DecoderConfig") -> Backend:
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,
         core=EngineAttention if engine_can(config) else CoreAttention,
-        fused_column=TELayerNormColumnParallelLinear,
+        fused_column=None if config.separate_norms else TELayerNormColumnParallelLinear,
     )
 
 

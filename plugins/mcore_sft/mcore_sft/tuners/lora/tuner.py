@@ -59,6 +59,16 @@ class Lora:
                 "only one of them has the adapter",
                 "fix: --merge_lora false, or leave embed_tokens and lm_head out of the targets",
             )
+        config = context.config
+        overlaps = "moe_shared_expert_overlap" in config.names and config.get(
+            "moe_shared_expert_overlap"
+        )
+        if overlaps and any(".shared_experts" in p.module for p in self.projections):
+            raise usage_error(
+                "MC560",
+                "--moe_shared_expert_overlap runs shared experts in parts, beside their adapters",
+                "fix: leave it out, or leave shared experts out of the targets",
+            )
         self._switch = Switch()
         self._originals = Originals([])
 
