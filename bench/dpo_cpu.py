@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MICRO, GLOBAL, LENGTH, BETA, LR = 4, 8, 128, 0.1, 1e-4
+MICRO, GLOBAL, LENGTH, BETA, LR = 4, 8, 256, 0.1, 1e-4
 THINGS = ("apples", "books", "coins", "doors", "eggs", "flags", "glasses", "hats")
 
 
