@@ -31,7 +31,7 @@ def reference(name):
                 for depth, layer in enumerate(chunk.mtp.layers):
                     k = depth + 1
                     later = torch.cat((ids[k:], torch.zeros(min(k, len(ids)), dtype=torch.long)))
-                    hidden = layer(hidden, chunk.embed(later), row, None)
+                    hidden = layer(hidden, chunk.embed(later), row)
                     seen = hidden[: max(0, len(ids) - k - 1), 0]
                     logits = seen @ chunk.head_weight()[:words].t()
                     losses = F.cross_entropy(logits, ids[k + 1 :], reduction="none")
