@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from mcore_core.model.names import unwrap
 
 if TYPE_CHECKING:
+    from mcore_core.data.pipeline import DataBundle
     from mcore_core.platform.base import Platform
 
 PACKAGES = (
@@ -70,3 +71,22 @@ def _sum_over_model(values: torch.Tensor) -> torch.Tensor:
     moved = values.to(torch.cuda.current_device())
     dist.all_reduce(moved, group=parallel_state.get_model_parallel_group())
     return moved.cpu()
+
+
+def data_facts(data: "DataBundle") -> dict[str, Any]:
+    """Return the counts and hashes of the data, as reports and run.json show them."""
+    facts: dict[str, Any] = {"fingerprint": data.fingerprint, **data.report.to_dict()}
+    for part, sources in (("train", data.report.train), ("eval", data.report.val)):
+        if sources:
+            dropped: dict[str, int] = {}
+            for counts in sources.values():
+                for reason, number in counts.dropped.items():
+                    dropped[reason] = dropped.get(reason, 0) + number
+            facts[part] = {
+                "rows": sum(c.kept for c in sources.values()),
+                "tokens": sum(c.tokens for c in sources.values()),
+                "dropped": dropped,
+            }
+    if data.report.packing_fill is not None and "train" in facts:
+        facts["train"]["packs"] = data.report.train_items
+    return facts

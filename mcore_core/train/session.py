@@ -35,7 +35,7 @@ from mcore_core.report.record import ModelFacts
 from mcore_core.rollout import EngineContext
 from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
-from mcore_core.train.facts import count_parameters, environment
+from mcore_core.train.facts import count_parameters, data_facts, environment
 from mcore_core.train.frozen import build_frozen, largest_vocabulary
 from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import (
@@ -304,25 +304,6 @@ def on_writer(prepare: Callable[[], "DataPlan"]) -> "DataPlan":
         raise UsageError(problems)
     plan: DataPlan = everyone[mine[0]][1]
     return plan
-
-
-def data_facts(data: DataBundle) -> dict[str, Any]:
-    """Return the counts and hashes of the data, as reports and run.json show them."""
-    facts: dict[str, Any] = {"fingerprint": data.fingerprint, **data.report.to_dict()}
-    for part, sources in (("train", data.report.train), ("eval", data.report.val)):
-        if sources:
-            dropped: dict[str, int] = {}
-            for counts in sources.values():
-                for reason, number in counts.dropped.items():
-                    dropped[reason] = dropped.get(reason, 0) + number
-            facts[part] = {
-                "rows": sum(c.kept for c in sources.values()),
-                "tokens": sum(c.tokens for c in sources.values()),
-                "dropped": dropped,
-            }
-    if data.report.packing_fill is not None and "train" in facts:
-        facts["train"]["packs"] = data.report.train_items
-    return facts
 
 
 def steps_per_epoch(data: DataBundle, recipe: "Recipe[Any]") -> float | None:

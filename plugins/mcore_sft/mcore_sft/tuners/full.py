@@ -2,17 +2,14 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from mcore_core.config.tuner import FullTunerConfig
 from mcore_core.errors import Problem, UsageError, usage_error
-from mcore_core.model.names import named_weights, unwrap
+from mcore_core.model.names import unwrap
+from mcore_core.train.tuning import AllWeights
 from mcore_sft.tuners.parameters import keep_bias_gradients, needs_gradient, parameters_of
 from mcore_sft.tuners.table import Entry, entries
 
@@ -22,14 +19,12 @@ if TYPE_CHECKING:
 type Test = Callable[[str], bool]
 
 
-class Full:
-    """Implements protocols.Tuner."""
-
-    partial = False
-    mergeable = True
+class Full(AllWeights):
+    """All weights, or those that are not frozen."""
 
     def __init__(self, context: "TunerContext") -> None:
         """Find what is frozen. Raises UsageError where a name is of nothing, or of a part."""
+        super().__init__(context)
         self.table = list(entries(context.family.rules(context.architecture)))
         self.frozen = frozen(context.config[FullTunerConfig], self.table)
 
@@ -44,25 +39,6 @@ class Full:
             if hasattr(chunk, "embedding"):
                 chunk.embedding.register_forward_hook(needs_gradient)
         keep_bias_gradients(chunks)
-
-    def load(self, chunks: "Sequence[ModelChunk]") -> None:
-        """There is nothing beside the weights."""
-
-    @contextmanager
-    def disabled(self, chunks: "Sequence[ModelChunk]") -> Iterator[None]:
-        """Refuse: the weights that the run started from are gone."""
-        raise RuntimeError("a fully trained model cannot be switched back to what it was")
-        yield
-
-    def merged(self, chunks: "Sequence[ModelChunk]") -> Mapping[str, Tensor]:
-        """Return the weights."""
-        return named_weights(chunks)
-
-    def absorb(self, chunks: "Sequence[ModelChunk]") -> None:
-        """There is nothing beside the weights."""
-
-    def export(self, chunks: "Sequence[ModelChunk]", path: Path) -> None:
-        """There is no adapter."""
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share for one to go on from the other's checkpoint."""
