@@ -32,7 +32,7 @@ def check_rollout(config: RunConfig) -> Iterator[Problem]:
     """Yield every problem."""
     options = config[RolloutConfig]
     engine, mode = options.engine, options.mode
-    if engine not in ("native", "vllm"):
+    if engine != "native":
         yield from components.check("mcore_rollout_engines", engine, "--rollout_engine")
     if options.use_vllm and options.rollout_engine not in (None, "vllm"):
         yield Problem(
