@@ -212,8 +212,11 @@ class Recipe[B: Batch](Protocol):
     def __init__(self, config: "RunConfig", template: "Template") -> None:
         """Keep what encoding and the loss need."""
 
-    def encode(self, row: Row) -> Unit | None:
-        """Turn a row into a unit; None drops it. Raises RowError for a malformed row."""
+    def encode(self, row: Row) -> Unit | list[Unit] | None:
+        """Turn a row into a unit, or several; None drops it. Raises RowError if it is malformed.
+
+        A recipe that makes several says so with `splits = True`.
+        """
 
     def prepare(self, units: list[Unit], run: "StepRun") -> Iterator[list[Unit] | Split]:
         """Yield this rank's units of each optimizer step over the global batch.

@@ -43,7 +43,7 @@ FIXES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowEncoder:
-    """How one row becomes a unit. Picklable."""
+    """How one row becomes units. Picklable."""
 
     recipe: Recipe[Any]
     columns: Mapping[str, str] | None = None
@@ -51,17 +51,17 @@ class RowEncoder:
     """Columns to keep; None keeps all."""
     strict: bool = False
 
-    def __call__(self, row: Row) -> Unit:
-        """Encode one row. Raises RowDropped and RowError."""
+    def __call__(self, row: Row) -> list[Unit]:
+        """Encode one row: one unit, or several. Raises RowDropped and RowError."""
         row = rename(row, self.columns)
         if self.fields is not None:
             row = {key: value for key, value in row.items() if key in self.fields}
-        unit = self.recipe.encode(row)
-        if unit is None:
+        found = self.recipe.encode(row)
+        if not found:
             raise RowDropped(BY_RECIPE)
-        return unit
+        return found if isinstance(found, list) else [found]
 
-    def counted(self, rows: Rows, index: int, counts: Counts, name: str) -> Unit | None:
+    def counted(self, rows: Rows, index: int, counts: Counts, name: str) -> list[Unit]:
         """Encode row `index`, or count why not. Raises UsageError for a malformed row if strict."""
         where = rows.where(index) or f"{name} row {index + 1}"
         try:
@@ -70,20 +70,20 @@ class RowEncoder:
             row = error
         return self.count_row(row, counts, where)
 
-    def count_row(self, row: Row | RowError, counts: Counts, where: str) -> Unit | None:
-        """Encode a row that was read, or count why not."""
+    def count_row(self, row: Row | RowError, counts: Counts, where: str) -> list[Unit]:
+        """Encode a row that was read, or count why not: then there are no units."""
         try:
             if isinstance(row, RowError):
                 raise row
-            unit = self(row)
+            units = self(row)
         except RowDropped as dropped:
             counts.drop(dropped.reason, where)
-            return None
+            return []
         except RowError as error:
             self.reject(error, counts, where)
-            return None
-        counts.keep(unit)
-        return unit
+            return []
+        counts.keep(units)
+        return units
 
     def reject(self, error: RowError, counts: Counts, where: str) -> None:
         """Count a malformed row, or stop."""
@@ -174,11 +174,9 @@ def describe_drop(reason: str, counts: Counts) -> str:
 
 def _encode_chunk(rows: Rows, encoder: RowEncoder, name: str, start: int) -> tuple[Any, Counts]:
     counts = Counts()
-    units = []
+    units: list[Unit] = []
     for index in range(start, min(start + CHUNK, len(rows))):
-        unit = encoder.counted(rows, index, counts, name)
-        if unit is not None:
-            units.append(unit)
+        units += encoder.counted(rows, index, counts, name)
     return (to_batch(units) if units else None), counts
 
 
@@ -253,7 +251,8 @@ class LazyUnits(Sequence[Unit]):
         counts = Counts()
         for offset in range(len(self)):
             at = (index + offset) % len(self)
-            unit = self._encoder.counted(self._rows, at, counts, self._name)
-            if unit is not None:
+            units = self._encoder.counted(self._rows, at, counts, self._name)
+            if units:
+                (unit,) = units  # rows of which several are made are not encoded lazily
                 return unit
         raise nothing_left(self._name, counts)

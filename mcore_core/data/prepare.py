@@ -101,6 +101,15 @@ def _check(config: "RunConfig", template: "Template") -> list[Problem]:
         ("group_by_length", loading.group_by_length, "lazy_tokenize", bool(loading.lazy_tokenize)),
         ("group_by_length", loading.group_by_length, "streaming", loading.streaming),
     )
+    if loading.lazy_tokenize and template.config.truncation_strategy == "split":
+        problems.append(
+            Problem(
+                "MC416",
+                "--truncation_strategy split cannot be used with --lazy_tokenize true: how many "
+                "pieces there are is not known before all is tokenized",
+                ["fix: --lazy_tokenize false, or --truncation_strategy right or delete"],
+            )
+        )
     for needs, used, name, on in clashes:
         if used and on:
             problems.append(

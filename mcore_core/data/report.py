@@ -26,8 +26,9 @@ class DataReport:
         """Yield what a user should read, one line each."""
         for label, sources in (("train", self.train), ("val", self.val)):
             for name, counts in sources.items():
+                pieces = f" in {counts.units:,} pieces" if counts.units > counts.kept else ""
                 yield (
-                    f"{label} {name}: {counts.kept:,} of {counts.rows:,} rows, "
+                    f"{label} {name}: {counts.kept:,} of {counts.rows:,} rows{pieces}, "
                     f"{counts.tokens:,} tokens, {counts.trained:,} train"
                 )
                 for reason in counts.dropped:

@@ -28,6 +28,9 @@ class Counts:
 
     rows: int = 0
     kept: int = 0
+    """Rows that train."""
+    units: int = 0
+    """What was made of them: more than rows where long ones were split."""
     tokens: int = 0
     trained: int = 0
     """Tokens with a weight above 0."""
@@ -42,18 +45,21 @@ class Counts:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, example)
 
-    def keep(self, unit: Unit) -> None:
-        """Count a row that trains."""
+    def keep(self, units: Sequence[Unit]) -> None:
+        """Count a row that trains, and what was made of it."""
         self.rows += 1
         self.kept += 1
-        self.tokens += int(unit["length"])
-        if "weights" in unit:
-            self.trained += int(np.count_nonzero(unit["weights"]))
+        self.units += len(units)
+        for unit in units:
+            self.tokens += int(unit["length"])
+            if "weights" in unit:
+                self.trained += int(np.count_nonzero(unit["weights"]))
 
     def add(self, other: "Counts") -> None:
         """Add what another process counted, later in the data."""
         self.rows += other.rows
         self.kept += other.kept
+        self.units += other.units
         self.tokens += other.tokens
         self.trained += other.trained
         for reason, rows in other.dropped.items():
@@ -160,6 +166,10 @@ class UnitTable(Sequence[Unit]):
     def column(self, name: str) -> "NDArray[Any]":
         """Return one number of every unit."""
         return np.concatenate([batch.column(name).to_numpy() for batch in self._open()])
+
+    def distinct(self, name: str) -> set[Any]:
+        """Return the different values of one number or string."""
+        return {v for batch in self._open() for v in batch.column(name).unique().to_pylist()}
 
     @overload
     def __getitem__(self, index: int) -> Unit: ...

@@ -81,9 +81,7 @@ class Stream:
     def _units(self, epoch: int) -> Iterator[Unit]:
         counts = Counts()
         for number, row in enumerate(self._open(epoch), start=1):
-            unit = self._encoder.count_row(row, counts, f"{self._name} row {number}")
-            if unit is not None:
-                yield unit
+            yield from self._encoder.count_row(row, counts, f"{self._name} row {number}")
         if not counts.kept:
             raise nothing_left(self._name, counts)
 

@@ -21,13 +21,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcore_core.data.rows import Conversation, Message, RowDropped, RowError
+from mcore_core.data.fit import NOTHING_TRAINS as NOTHING_TRAINS
+from mcore_core.data.fit import TOO_LONG as TOO_LONG
+from mcore_core.data.fit import Encoded as Encoded
+from mcore_core.data.fit import fitted
+from mcore_core.data.loss_scale import LossScale, Span
+from mcore_core.data.rows import Conversation, Message, RowError
 from mcore_core.data.template_files import read_chat_template, read_system
 from mcore_core.errors import UsageError, usage_error
 
@@ -36,27 +40,16 @@ if TYPE_CHECKING:
 
     from mcore_core.config.template import TemplateConfig
 
-type Span = tuple[int, int]
 type Ids = "NDArray[np.int32]"
 type Weights = "NDArray[np.float32]"
+type Offsets = "NDArray[np.int64]"
 
-TOO_LONG = "longer than --max_length"
-NOTHING_TRAINS = "nothing to train on"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKUP = re.compile(r"<[^<>\n]*>|\s+")
-EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 NO_TEMPLATE_FIX = (
     "fix: --chat_template FILE.jinja, or --use_chat_template false to join the messages as plain "
     "text, or give rows with a 'text' column"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One sample: weights[t] is the weight of predicting token t from those before it."""
-
-    input_ids: "NDArray[np.int32]"
-    weights: "NDArray[np.float32]"
 
 
 class Template:
@@ -68,6 +61,7 @@ class Template:
         config: "TemplateConfig",
         *,
         max_length: int | None = None,
+        splits: bool = False,
     ) -> None:
         """Read the files that the options name.
 
@@ -75,6 +69,7 @@ class Template:
             tokenizer: A Hugging Face tokenizer.
             config: The template options.
             max_length: Used where the option is none: the model's own limit.
+            splits: Whether the recipe makes several samples of a long row: see `encode_pieces`.
 
         Raises:
             UsageError: An option cannot be used.
@@ -84,13 +79,24 @@ class Template:
         self.max_length = config.max_length or max_length
         self.system = read_system(config.system)
         self.chat_template = read_chat_template(tokenizer, config.chat_template)
-        self._rounds, self._ignore_empty_think = parse_loss_scale(config.loss_scale)
-        if config.truncation_strategy == "split":
+        self._scale = LossScale.parse(config.loss_scale)
+        self._rounds = self._scale.rounds
+        if config.truncation_strategy != "split":
+            return
+        if not splits:
             raise usage_error(
                 "MC414",
                 "--truncation_strategy split cannot be used with conversations: the later parts of "
                 "one have no prompt",
-                "fix: --truncation_strategy delete, left or right (split is for pre-training text)",
+                "fix: --truncation_strategy delete, left or right, or --plugin pt, which trains on "
+                "all of a text",
+            )
+        if self.max_length == 1:
+            raise usage_error(
+                "MC414",
+                "--truncation_strategy split with --max_length 1: a token by itself has nothing to "
+                "be predicted from",
+                "fix: --max_length 2 or more",
             )
 
     def fingerprint(self) -> str:
@@ -122,15 +128,18 @@ class Template:
             RowError: The template refuses these messages.
             UsageError: The template cannot be masked, or the tokenizer has none.
         """
+        (encoded,) = self.encode_pieces(conversation)
+        return encoded
+
+    def encode_pieces(self, conversation: Conversation) -> list[Encoded]:
+        """Return the same as a list: several pieces of a long sample with the strategy `split`."""
         if conversation.text is not None:
             ids, weights = self._plain(conversation.text, None)
         elif not self.config.use_chat_template:
             ids, weights = self._joined(conversation.messages)
         else:
             ids, weights = self._chat(conversation)
-        if self._rounds == "all":
-            weights[:] = 1.0
-        return self._fitted(ids, weights)
+        return fitted(ids, weights, self.max_length, self.config.truncation_strategy)
 
     def render_prompt(self, conversation: Conversation) -> str:
         """Return the text of all messages and the start of the assistant's turn.
@@ -155,10 +164,8 @@ class Template:
         """Text as it is, the tokenizer's own BOS before it and EOS after it, each once."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         has_bos = bool(bos) and text.startswith(bos)
-        ids, offsets = self._tokens(text, special=not has_bos, located=spans is not None)
-        weights = np.ones(len(ids), np.float32)
-        if spans is not None:
-            weights = self._weigh(text, ids, offsets, spans)
+        ids, offsets = self._tokens(text, special=not has_bos, located=self._locates(spans))
+        weights = self._weigh(text, ids, offsets, spans)
         if eos is not None and (not len(ids) or ids[-1] != eos):
             ids = np.append(ids, np.int32(eos))
             ends_trained = spans is None or bool(spans and spans[-1][1] == len(text))
@@ -173,7 +180,7 @@ class Template:
             if i in trained:
                 spans.append((len(text), end))
             text += message["content"]
-        return self._plain(text, spans)
+        return self._plain(text, None if self._rounds == "all" else spans)
 
     def _chat(self, conversation: Conversation) -> tuple[Ids, Weights]:
         chat_template = self._require_template()
@@ -181,13 +188,11 @@ class Template:
         if GENERATION.search(chat_template):
             return self._tagged(conversation, trained)
         text = self._render(conversation, len(conversation.messages))
-        spans = []
+        spans = None
         if self._rounds != "all":
             spans = [self._turn(conversation, text, i) for i in sorted(trained)]
-        if getattr(self.tokenizer, "is_fast", False):
-            ids, offsets = self._tokens(text)
-            return ids, self._weigh(text, ids, offsets, spans)
-        return self._by_prefix(text, spans)
+        ids, offsets = self._tokens(text, located=self._locates(spans))
+        return ids, self._weigh(text, ids, offsets, spans)
 
     def _require_template(self) -> str:
         if self.chat_template is None:
@@ -209,9 +214,17 @@ class Template:
         )
         ids = np.asarray(out["input_ids"], np.int32)
         mask = np.asarray(out["assistant_masks"], np.float32)
+        if self._rounds == "all":
+            mask[:] = 1.0
+        return ids, self._without_thoughts(
+            conversation, ids, self._chosen(conversation, mask, trained)
+        )
+
+    def _chosen(self, conversation: Conversation, mask: Weights, trained: set[int]) -> Weights:
+        """Return the mask of all assistant turns without those that do not train."""
         turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if self._rounds == "all" or trained == set(turns):
-            return ids, mask
+            return mask
         edges = np.flatnonzero(np.diff(mask, prepend=0.0, append=0.0))
         runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
         if len(runs) != len(turns):
@@ -222,24 +235,39 @@ class Template:
             )
         for turn, (start, end) in zip(turns, runs, strict=True):
             mask[start:end] *= turn in trained
-        return ids, mask
+        return mask
 
-    def _by_prefix(self, text: str, spans: Sequence[Span]) -> tuple[Ids, Weights]:
+    def _without_thoughts(self, conversation: Conversation, ids: Ids, mask: Weights) -> Weights:
+        """Return the mask of tagged turns without the empty think blocks that do not train."""
+        if not self._scale.ignore_empty_think:
+            return mask
+        text = self._render(conversation, len(conversation.messages))
+        again, offsets = self._tokens(text)
+        if offsets is None or again.tolist() != ids.tolist():
+            raise self._ambiguous(
+                "the template marks the assistant's turns, and the tokens of its text cannot be "
+                "located",
+                "so empty think blocks cannot be found (ignore_empty_think)",
+            )
+        starts = np.flatnonzero(np.diff(mask, prepend=0.0) > 0)
+        spans = [(int(offsets[i, 0]), len(text)) for i in starts]
+        for thought in self._scale.empty_thoughts(text, None if self._rounds == "all" else spans):
+            mask[_inside(offsets, thought)] = 0.0
+        return mask
+
+    def _by_prefix(self, text: str, ids: Ids, span: Span) -> slice:
         """For a tokenizer without offsets: prefixes of the text must be prefixes of the tokens."""
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-        weights = np.zeros(len(ids), np.float32)
-        for span in spans:
-            ends = []
-            for end in span:
-                prefix = self.tokenizer(text[:end], add_special_tokens=False)["input_ids"]
-                if list(ids[: len(prefix)]) != list(prefix):
-                    raise self._ambiguous(
-                        f"the tokens of {text[:end][-60:]!r} are not a prefix of the whole's",
-                        "and this tokenizer gives no offsets",
-                    )
-                ends.append(len(prefix))
-            weights[ends[0] : ends[1]] = 1.0
-        return ids, weights
+        ends = []
+        for end in span:
+            prefix = self.tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+            lead = next((k for k in (0, 1) if ids[k : k + len(prefix)].tolist() == prefix), None)
+            if lead is None:
+                raise self._ambiguous(
+                    f"the tokens of {text[:end][-60:]!r} are not a prefix of the whole's",
+                    "and this tokenizer gives no offsets",
+                )
+            ends.append(lead + len(prefix))
+        return slice(*ends)
 
     # -- which turns, where ------------------------------------------------------------------------
 
@@ -314,7 +342,7 @@ class Template:
 
     def _tokens(
         self, text: str, *, special: bool = False, located: bool = True
-    ) -> tuple[Ids, "NDArray[np.int64] | None"]:
+    ) -> tuple[Ids, "Offsets | None"]:
         """Return the tokens and, where they are to be located, the characters each stands for."""
         fast = located and bool(getattr(self.tokenizer, "is_fast", False))
         out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast)
@@ -322,49 +350,41 @@ class Template:
         offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) if fast else None
         return ids, offsets
 
+    def _locates(self, spans: Sequence[Span] | None) -> bool:
+        """Return whether `_weigh` needs to know which characters a token stands for."""
+        return spans is not None or self._scale.ignore_empty_think
+
     def _weigh(
-        self, text: str, ids: Ids, offsets: "NDArray[np.int64] | None", spans: Sequence[Span]
+        self, text: str, ids: Ids, offsets: "Offsets | None", spans: Sequence[Span] | None
     ) -> Weights:
-        weights = np.zeros(len(ids), np.float32)
+        """Return 1 for the tokens in the spans, all with None, 0 for the others."""
+        weights = np.full(len(ids), spans is None, np.float32)
+        thoughts = self._scale.empty_thoughts(text, spans)
         if offsets is None:
-            return self._by_prefix(text, spans)[1]
+            for span in spans or ():
+                weights[self._by_prefix(text, ids, span)] = 1.0
+            for thought in thoughts:
+                weights[self._by_prefix(text, ids, thought)] = 0.0
+            return weights
         special = np.isin(ids, list(self.tokenizer.all_special_ids))
-        for start, end in spans:
-            inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-            inside &= offsets[:, 1] > offsets[:, 0]
+        for start, end in spans or ():
+            inside = _inside(offsets, (start, end))
             weights[inside] = 1.0
             ends = np.flatnonzero(inside & special)
             if len(ends) and not text[offsets[ends[-1], 1] : end].strip():
                 weights[ends[-1] + 1 : np.flatnonzero(inside)[-1] + 1] = 0.0
-            if self._ignore_empty_think and (found := EMPTY_THINK.match(text, start, end)):
-                weights[inside & (offsets[:, 1] <= found.end())] = 0.0
+        for thought in thoughts:
+            weights[_inside(offsets, thought)] = 0.0
         return weights
-
-    def _fitted(self, ids: Ids, weights: Weights) -> Encoded:
-        if self.max_length is not None and len(ids) > self.max_length:
-            match self.config.truncation_strategy:
-                case "left":
-                    ids, weights = ids[-self.max_length :], weights[-self.max_length :]
-                case "right":
-                    ids, weights = ids[: self.max_length], weights[: self.max_length]
-                case _:
-                    raise RowDropped(TOO_LONG)
-        weights = weights.copy()
-        weights[:1] = 0.0
-        if not weights.any():
-            raise RowDropped(NOTHING_TRAINS)
-        return Encoded(ids, weights)
 
     def _decode(self, ids: Ids) -> str:
         return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
 
-def parse_loss_scale(value: str) -> tuple[str, bool]:
-    """Split `last_round+ignore_empty_think`: the rounds, and whether the extra is there."""
-    rounds, _, extra = value.partition("+")
-    if rounds == "ignore_empty_think":
-        return "default", True
-    return rounds, extra == "ignore_empty_think"
+def _inside(offsets: "Offsets", span: Span) -> "NDArray[np.bool_]":
+    """Return which tokens stand for characters of the span alone."""
+    start, end = span
+    return (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
 
 
 def _common(a: str, b: str) -> int:

@@ -1,8 +1,8 @@
 """The facts of a run in a few labelled lines, for the console's start and end and for the report.
 
 `RunContext.data` is read by these keys, all optional: "train" and "eval", each a mapping with
-"rows", "packs", "tokens" and "dropped" (reason -> rows). Without "train" the keys are looked up in
-`data` itself.
+"rows", "pieces", "packs", "tokens" and "dropped" (reason -> rows). Without "train" the keys are
+looked up in `data` itself.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,9 @@ def data_lines(data: Mapping[str, Any]) -> Lines:
     lines: Lines = []
     for name, part in parts.items():
         amounts = [
-            f"{count(part[unit])} {unit}" for unit in ("rows", "packs", "tokens") if unit in part
+            f"{count(part[unit])} {unit}"
+            for unit in ("rows", "pieces", "packs", "tokens")
+            if unit in part
         ]
         if amounts:
             lines.append(("data" if name == "train" else "eval data", ", ".join(amounts)))

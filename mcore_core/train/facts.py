@@ -87,6 +87,9 @@ def data_facts(data: "DataBundle") -> dict[str, Any]:
                 "tokens": sum(c.tokens for c in sources.values()),
                 "dropped": dropped,
             }
+            pieces = sum(c.units for c in sources.values())
+            if pieces > facts[part]["rows"]:
+                facts[part]["pieces"] = pieces
     if data.report.packing_fill is not None and "train" in facts:
         facts["train"]["packs"] = data.report.train_items
     return facts

@@ -51,6 +51,8 @@ def train(session: Session) -> None:
     run, options = session.run, session.run.config[TrainConfig]
     with _garbage(options), _until_sigterm() as stop:
         session.reports.begin(run, session.facts)
+        for text in session.data.report.warnings:
+            session.reports.warn_once(text, text)
         session.hooks.mcore_train_begin(run=run, chunks=session.stepper.chunks)
         waiting = time.perf_counter()
         for micros in rounds(session) if run.step < run.train_iters else ():

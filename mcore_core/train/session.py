@@ -101,12 +101,13 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         plugins={n: _distribution(n, p) for n, p in prepared.plugins.items()},
         environment=environment(platform),
     )
+    build_recipe: Any = prepared.recipe.load()
     template = Template(
         load_tokenizer(source.path),
         config[TemplateConfig],
         max_length=source.architecture.max_position_embeddings,
+        splits=getattr(build_recipe, "splits", False),
     )
-    build_recipe: Any = prepared.recipe.load()
     recipe: Recipe[Any] = build_recipe(config, template)
     if prepared.losses:
         recipe.use_losses(prepared.losses)  # type: ignore[attr-defined]  # of recipes with losses

@@ -93,11 +93,12 @@ def server():
 
 
 @pytest.fixture
-def train(mcore, sft, tmp_path):
-    def run(*more, iters=4, **environ):
+def train(mcore, sft, dataset, tmp_path):
+    def run(*more, iters=4, data=dataset, **environ):
         return mcore(
-            *sft, "--train_iters", iters, "--log_interval", 2, "--add_version", "false",
-            "--save", tmp_path / "run", *more, **environment(tmp_path, **environ),
+            *(data if a == dataset else a for a in sft), "--train_iters", iters,
+            "--log_interval", 2, "--add_version", "false", "--save", tmp_path / "run", *more,
+            **environment(tmp_path, **environ),
         )  # fmt: skip
 
     return run
@@ -136,12 +137,18 @@ def recorded(folder):
 
 
 def test_both_offline_with_every_option(train, dataset, tmp_path):
+    """Also the curves of channels, which every reporter has."""
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    channels = tmp_path / "channels.jsonl"
+    named = (row | {"kind": ("short", "long")[i % 2]} for i, row in enumerate(rows))
+    channels.write_text("".join(json.dumps(row) + "\n" for row in named))
     ran = train(
+        "--enable_channel_loss", "true", "--columns", '{"kind": "channel"}',
         "--report_to", "wandb", "swanlab", "tensorboard", "jsonl",
         "--wandb_project", "letters", "--wandb_exp_name", "first", "--wandb_save_dir",
-        tmp_path / "trackers", "--val_dataset", f"{dataset}#16", "--eval_interval", 4,
+        tmp_path / "trackers", "--val_dataset", f"{channels}#16", "--eval_interval", 4,
         "--log_params_norm", "true", "--log_throughput", "true",
-        WANDB_MODE="offline", SWANLAB_MODE="offline",
+        data=channels, WANDB_MODE="offline", SWANLAB_MODE="offline",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "warning" not in ran.err
@@ -158,13 +165,20 @@ def test_both_offline_with_every_option(train, dataset, tmp_path):
         mean = sum(line["loss"] for line in pair) / 2
         assert math.isclose(steps[step]["loss"], mean, rel_tol=1e-6)
         assert math.isclose(steps[step]["lr"], pair[1]["lr"], rel_tol=1e-6)
+        for name in ("loss/short", "loss/long"):
+            have = [line[name] for line in pair if name in line]
+            assert math.isclose(steps[step][name], sum(have) / len(have), rel_tol=1e-6)
         assert {"params_norm", "tflops_per_device", "tokens_per_second"} <= steps[step].keys()
-    assert math.isclose(steps[4]["eval/perplexity"], evaluation["eval/perplexity"], rel_tol=1e-6)
+    for name in ("perplexity", "loss/short", "loss/long"):
+        assert math.isclose(steps[4][f"eval/{name}"], evaluation[f"eval/{name}"], rel_tol=1e-6)
     (swan,) = (tmp_path / "trackers/swanlab").glob("run-*")
     assert "global_batch_size" in (swan / "files/config.yaml").read_text()
     (data,) = swan.glob("run-*.swanlab")
-    assert all(name in data.read_bytes() for name in (b"grad_norm", b"params_norm", b"first"))
-    assert (tmp_path / "run/runs").is_dir()
+    names = (b"grad_norm", b"params_norm", b"first", b"loss/short", b"eval/loss/long")
+    assert all(name in data.read_bytes() for name in names)
+    (board,) = (tmp_path / "run/runs").iterdir()
+    assert all(name in board.read_bytes() for name in (b"loss/short", b"eval/loss/long"))
+    assert "loss/short" in (tmp_path / "run/report.html").read_text()
     assert f"wandb sync {file.parent}" in ran.err.replace("\n", "")
     assert f"swanlab sync {swan}" in ran.err.replace("\n", "")
     assert "swanlab" not in ran.out

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.config import SFTConfig
+
 from mcore_core.config.compose import RunConfig
 from mcore_core.config.data import DataConfig
 from mcore_core.config.dataloader import DataLoaderConfig
@@ -69,7 +71,7 @@ def make_template(template: str | None = CHATML, *, bos: bool = False, **options
     return Template(make_tokenizer(template, bos=bos), TemplateConfig(**options))
 
 
-GROUPS = (DataConfig, DataLoaderConfig, EvaluationConfig, TrainConfig, WeightsConfig)
+GROUPS = (DataConfig, DataLoaderConfig, EvaluationConfig, SFTConfig, TrainConfig, WeightsConfig)
 
 
 def make_config(**options: Any) -> RunConfig:

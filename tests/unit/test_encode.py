@@ -36,7 +36,7 @@ def test_units_come_back_as_they_were_encoded(tmp_path):
     table = pickle.loads(pickle.dumps(UnitTable(path)))
     assert len(table) == counts.kept == counts.rows == 1200
     for i in (0, 511, 512, 1199):
-        expected = make(rows[i])
+        (expected,) = make(rows[i])
         got = table[i]
         assert list(got) == ["input_ids", "weights", "length"]
         assert got["input_ids"].tolist() == expected["input_ids"].tolist()

@@ -114,6 +114,43 @@ def test_ignore_empty_think_keeps_real_thinking():
     assert got.endswith(f"«<think>\nhm\n</think>\n\nyo{E}»\n")
 
 
+EMPTY = {"role": "assistant", "content": "<think>\n\n</think>\n\nyo"}
+LATER = {"role": "assistant", "content": "so <think></think> is empty"}
+
+
+@pytest.mark.parametrize("jinja", [CHATML, TAGGED])
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "first", "second"),
+    [
+        ("default", "<think>\n\n</think>\n\n«yo", "«so <think></think> is empty"),
+        ("last_round", "<think>\n\n</think>\n\nyo", "«so <think></think> is empty"),
+        ("all", "»<think>\n\n</think>\n\n«yo", "so »<think></think> «is empty"),
+    ],
+)
+def test_ignore_empty_think_with_every_scale(jinja, slow, scale, first, second):
+    """It counts where an answer begins with it; with `all`, which knows no answers, anywhere."""
+    template = make_template(jinja, loss_scale=f"{scale}+ignore_empty_think")
+    talk = Conversation(messages=(U1, EMPTY, U2, LATER))
+    if slow:
+        template.tokenizer = _Slow(template.tokenizer)
+        if jinja == TAGGED:
+            with pytest.raises(UsageError, match="the tokens of its text cannot be located"):
+                template.encode(talk)
+            return
+    got = shown(template, talk)
+    assert f"{I}assistant\n{first}" in got
+    assert f"{I}assistant\n{second}" in got
+
+
+def test_ignore_empty_think_in_plain_text():
+    template = make_template(bos=True, loss_scale="all+ignore_empty_think")
+    assert shown(template, Conversation(text="<think> </think>yo")) == f"<s><think> </think>«yo{E}»"
+    joined = make_template(None, use_chat_template=False, loss_scale="ignore_empty_think")
+    got = shown(joined, Conversation(messages=(U1, EMPTY)))
+    assert got == f"hi<think>\n\n</think>\n\n«yo{E}»"
+
+
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyo"}
 
 

@@ -13,7 +13,7 @@ from mcore_sft.config import SFTConfig
 class SFTPlugin(Plugin):
     """Supervised fine-tuning."""
 
-    summary: ClassVar[str] = "supervised fine-tuning and continued pre-training"
+    summary: ClassVar[str] = "supervised fine-tuning on conversations and texts"
     defaults: ClassVar[Mapping[str, Any]] = {"calculate_per_token_loss": True}
 
     @hookimpl
