@@ -13,6 +13,7 @@ import pstats
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,17 @@ def write_model(folder: Path, shape: dict[str, Any], *, half: bool) -> Any:  # n
     return model.eval()
 
 
-def build_engine(folder: Path, platform: Any) -> Any:  # noqa: ANN401
-    """Return the native engine with the folder's weights."""
+def build_engine(
+    folder: Path,
+    platform: Any,  # noqa: ANN401
+    *,
+    family: str = "qwen3",
+    transformer_engine: bool = False,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Return the native engine with the folder's weights, and options of its own."""
     import torch
     from mcore_hfbridge.bridge import HFBridge
-    from mcore_hfbridge.families.qwen3 import FAMILY
     from mcore_rlhf.rollout.native.config import NativeConfig
     from mcore_rlhf.rollout.native.engine import NativeEngine
 
@@ -174,18 +181,19 @@ def build_engine(folder: Path, platform: Any) -> Any:  # noqa: ANN401
     from mcore_core.protocols import EngineContext
     from mcore_core.train.build import build_model
 
-    architecture = FAMILY.architecture(read_hf_config(folder))
+    table = import_module(f"mcore_hfbridge.families.{family}").FAMILY
+    architecture = table.architecture(read_hf_config(folder))
     cuda = platform.name == "cuda"
-    config = kernel_config(NativeConfig, model=str(folder))
+    config = kernel_config(NativeConfig, model=str(folder), **options)
     plan = ModelPlan(
         architecture=architecture,
         layout=Layout(),
         stage_layers=[architecture.num_layers],
         dtype=torch.bfloat16 if cuda else torch.float32,
-        transformer_engine=False,
+        transformer_engine=transformer_engine,
     )
     chunks = build_model(plan, config, on_cpu=not cuda)
-    bridge = HFBridge(FAMILY, architecture)
+    bridge = HFBridge(table, architecture)
     bridge.load(chunks, folder)
     engine = NativeEngine(
         EngineContext(

@@ -19,7 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mcore_core.model.decode import attend, visible
+from mcore_core.model.decode import attend_step
 from mcore_core.model.packed import PackedRow, Segment
 from mcore_core.model.sinks import sink_attention
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HEAD_MULTIPLE = 8
 """What FlashAttention wants the size of a head to be a multiple of."""
+FUSED = ("auto", "flash")
+"""Values of attention_backend with which our attention may run FlashAttention's kernel."""
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -109,9 +111,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if row.kept is not None:
             stored = row.kept.store(self.layer, key, value)
             if row.kept.keys is not None:
-                seen = visible(row, row.kept, self.window, query.dtype)
-                scale, sinks = self.softmax_scale, self.softmax_offset
-                return attend(query, stored, seen, scale=scale, sinks=sinks).flatten(1)
+                return attend_step(
+                    query,
+                    stored,
+                    row,
+                    scale=self.softmax_scale,
+                    window=self.window,
+                    sinks=self.softmax_offset,
+                    fused=self.config.attention_kernel in FUSED,
+                ).flatten(1)
         if cp > 1:
             size = key.shape[-1]
             both = torch.cat((key, value), dim=-1)  # one collective for both
@@ -129,7 +137,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
 
     def _use_varlen(self, query: Tensor) -> bool:
         half = query.dtype in (torch.bfloat16, torch.float16)
-        wanted = self.config.attention_kernel in ("auto", "flash")
+        wanted = self.config.attention_kernel in FUSED
         return query.is_cuda and half and wanted and not self._dropout()
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow, cp: int) -> Tensor:

@@ -33,19 +33,24 @@ class DecodeState:
         self.slots, self.capacity = slots, capacity
         self._kept: dict[Place, tuple[Tensor, ...]] = {}
 
-    def grow(self, slots: int, capacity: int) -> None:
-        """Make room for at least so many slots and tokens, keeping what is there."""
+    def grow(self, slots: int, capacity: int) -> bool:
+        """Make room for at least so many slots and tokens, keeping what is there.
+
+        Returns:
+            Whether tensors were replaced by larger ones.
+        """
         more_slots = max(0, slots - self.slots)
         more_tokens = max(0, capacity - self.capacity)
         self.slots, self.capacity = self.slots + more_slots, self.capacity + more_tokens
         if not (more_slots or more_tokens):
-            return
+            return False
         for place in self._kept:
             wider = [0, 0, 0, more_tokens] if place[0] == "kv" else [0, 0, 0, 0]
             self._kept[place] = tuple(
                 F.pad(t, [*wider, *[0] * (2 * (t.dim() - 3)), 0, more_slots])
                 for t in self._kept[place]
             )
+        return bool(self._kept)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` over slots `target`, both [n], int64; none is in both."""
@@ -75,6 +80,10 @@ class DecodeState:
         if place not in self._kept:
             self._kept[place] = (like.new_zeros(self.slots, *like.shape[1:]),)
         return self._kept[place][0]
+
+    def stored(self, name: str, layer: int, slots: int) -> Tensor:
+        """Return the first slots of a state that an earlier row has stored."""
+        return self._kept[name, layer][0][:slots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,105 @@ def visible(row: "PackedRow", kept: Kept, window: int | None, dtype: torch.dtype
         row.cache[name] = zeros.masked_fill_(hidden_NK, float("-inf"))[:, None, None]
     found: Tensor = row.cache[name]
     return found
+
+
+def attend_step(
+    query: Tensor,
+    kept: tuple[Tensor, Tensor],
+    row: "PackedRow",
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """Attend from one token a slot to what its slot holds, by the kernel where there is one.
+
+    Args:
+        query: [N, heads, D].
+        kept: Keys and values of all slots, [slots, G, capacity, D].
+        row: The step.
+        scale: Multiplies scores.
+        window: Earlier tokens a query sees; None for all.
+        sinks: One more logit for each head that carries no value, [heads].
+        fused: Whether the kernel may be used.
+
+    Returns:
+        [N, heads, size of a value].
+    """
+    key, value = kept
+    sizes = (key.shape[-1], value.shape[-1])
+    if fused and has_kernel(query.dtype, query.device, sizes):
+        return _by_kernel(query, kept, row, scale=scale, window=window, sinks=sinks)
+    assert row.kept is not None
+    seen = visible(row, row.kept, window, query.dtype)
+    return attend(query, kept, seen, scale=scale, sinks=sinks)
+
+
+def has_kernel(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int]) -> bool:
+    """Return whether FlashAttention serves a step: it reads each slot's length on the device.
+
+    Args:
+        dtype: Of queries.
+        device: Where they are.
+        sizes: Of keys and values.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    size = sizes[0]
+    return device.type == "cuda" and half and sizes == (size, size) and size % 8 == 0 < size <= 256
+
+
+def _lengths(row: "PackedRow", slot_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where queries begin, where slots do, and tokens of each slot; once a row, int32."""
+    name = ("lengths", slot_rows)
+    if name not in row.cache:
+        assert row.kept is not None
+        positions_N = row.kept.positions_T
+        starts = torch.arange(len(positions_N) + 1, dtype=torch.int32, device=positions_N.device)
+        used_N = (positions_N + 1).to(torch.int32)
+        row.cache[name] = (starts, starts * slot_rows, used_N)
+    found: tuple[Tensor, Tensor, Tensor] = row.cache[name]
+    return found
+
+
+def _by_kernel(
+    query: Tensor,
+    kept: tuple[Tensor, Tensor],
+    row: "PackedRow",
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    slots, groups, capacity, _ = kept[0].shape
+    # the kernel takes [rows, G, D], in which a slot begins at any row: here every G * capacity rows
+    rows = (slots * groups - groups + 1) * capacity
+    key, value = (
+        x.as_strided((rows, groups, x.shape[-1]), (x.shape[-1], capacity * x.shape[-1], 1))
+        for x in kept
+    )
+    starts, begins, used_N = _lengths(row, groups * capacity)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query.contiguous(),
+        key,
+        value,
+        starts,
+        begins,
+        1,
+        capacity,
+        0.0,
+        False,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window,
+        window_size_right=-1 if window is None else 0,
+        seqused_k=used_N,
+    )
+    result: Tensor = out
+    if sinks is not None:  # one more term of the softmax's sum: see model/sinks.py
+        share_HN = (lse - sinks.float().unsqueeze(-1)).sigmoid()
+        result = (result.float() * share_HN.t().unsqueeze(-1)).to(result.dtype)
+    return result
 
 
 def attend(

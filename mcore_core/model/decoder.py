@@ -22,6 +22,10 @@ class Decoder(HybridModel):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
         self.score: ScoreHead | None = None
         shape = self.config.shape
+        # rounded to the model's precision, as checkpoints were trained with
+        rounded = torch.tensor(shape.embedding_scale, dtype=self.config.params_dtype)
+        self.scale: float = rounded.item()
+        """Of embeddings."""
         if shape.head != "lm":
             self.output_layer: Any = None
             if self.post_process and shape.head == "scores":
@@ -76,10 +80,8 @@ class Decoder(HybridModel):  # type: ignore[misc]
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Return the tokens' embeddings, [T, 1, H] (with sequence parallelism T / tp of them)."""
         hidden: Tensor = self.embedding(input_ids=tokens_T.unsqueeze(0), position_ids=None)
-        scale = self.config.shape.embedding_scale
-        if scale != 1.0:
-            # rounded to the model's precision, as checkpoints were trained with
-            hidden = hidden * torch.tensor(scale, dtype=hidden.dtype, device=hidden.device)
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         return hidden
 
     def sharded_state_dict(

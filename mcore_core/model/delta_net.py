@@ -77,9 +77,7 @@ class DeltaNet(GatedDeltaNet):  # type: ignore[misc]
             stored = kept.state.states("recurrent", self._layer, states.float())
             stored[_slots(row, kept)] = states[: len(last)].float()
         else:
-            shape = (1, value.shape[1], key.shape[2], value.shape[2])
-            like = value.new_zeros(shape, dtype=torch.float32)
-            stored = kept.state.states("recurrent", self._layer, like)[: len(value)]
+            stored = kept.state.stored("recurrent", self._layer, len(value))
             out = delta_step(stored, query, key, value, g_TV, beta_TV)
         gate = gate.reshape(len(gate), -1, self.value_head_dim)
         normed = self._apply_gated_norm(out.reshape_as(value), gate)
@@ -91,8 +89,8 @@ class DeltaNet(GatedDeltaNet):  # type: ignore[misc]
         weight_CW = self.conv1d.weight.squeeze(1)
         bias = self.conv1d.bias
         channels, taps = weight_CW.shape
-        stored = kept.state.states("conv", self._layer, mixed_TC.new_zeros(1, channels, taps))
         if kept.keys is None:
+            stored = kept.state.states("conv", self._layer, mixed_TC.new_zeros(1, channels, taps))
             ends_S1 = _ends(row)[: len(_slots(row, kept))].unsqueeze(-1)
             lengths_S1 = _lengths(row)[: len(ends_S1)].unsqueeze(-1)
             back_W = torch.arange(taps - 1, -1, -1, device=mixed_TC.device)
@@ -110,7 +108,7 @@ class DeltaNet(GatedDeltaNet):  # type: ignore[misc]
             )
             first: Tensor = out.squeeze(0)
             return first
-        window_NCW = stored[: len(mixed_TC)]
+        window_NCW = kept.state.stored("conv", self._layer, len(mixed_TC))
         window_NCW.copy_(torch.cat((window_NCW[..., 1:], mixed_TC.unsqueeze(-1)), -1))
         summed = (window_NCW * weight_CW).sum(-1)
         return F.silu(summed if bias is None else summed + bias)

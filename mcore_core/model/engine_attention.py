@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-from mcore_core.model.decode import attend, visible
+from mcore_core.model.decode import attend_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,7 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
         if kept is not None:
             stored = kept.store(self.layer, key, value)
             if kept.keys is not None:
-                seen = visible(packed_seq_params, kept, None, query.dtype)
-                return attend(query, stored, seen, scale=self.scale).flatten(1)
+                return attend_step(query, stored, packed_seq_params, scale=self.scale).flatten(1)
         out: Tensor = super().forward(
             query,
             key,

@@ -103,8 +103,8 @@ class Rope:
         if key not in row.cache:
             assert row.positions_T is not None
             positions_T = row.positions_T
-            inverse = self.inverse.to(positions_T.device)
-            angles = torch.outer(positions_T.float(), inverse)
+            self.inverse = self.inverse.to(positions_T.device)  # copied once, not every row
+            angles = torch.outer(positions_T.float(), self.inverse)
             angles = angles.repeat_interleave(2, 1) if self.interleaved else angles.repeat(1, 2)
             row.cache[key] = (
                 (angles.cos() * self.factor).to(dtype),

@@ -114,6 +114,62 @@ def test_logps_are_those_of_training(tmp_path, groups, name, dtype):
         assert np.median(np.abs(apart)) < 0.05
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt_oss", "gemma3_text", "qwen3_next"])
+def test_recorded_steps_equal_plain_ones(tmp_path, groups, name):
+    from mcore_rlhf.rollout.native.graphs import Graphs
+
+    from mcore_core.protocols import Request, Sampling
+
+    case = CASES[name]
+    write(tmp_path / "model", case)
+    engine = build(tmp_path / "model", family_of(case), groups, torch.bfloat16)
+    prompts = [tuple(range(3, 3 + n)) for n in (5, 9, 2, 14, 9, 7)]
+    greedy = Sampling(max_tokens=2 * TOKENS, temperature=0)
+    warm = Sampling(max_tokens=2 * TOKENS, temperature=0.9, top_k=30, top_p=0.9)
+    found = []
+    for graphs in (Graphs(engine.device), None):
+        engine.sleep()
+        engine._steps.graphs = graphs
+        for sampling in (greedy, warm):
+            engine.submit([Request(f"r{i}", p, sampling) for i, p in enumerate(prompts)])
+            done = {}
+            while some := engine.poll():
+                done |= {c.id: c for c in some}
+            found.append([done[f"r{i}"] for i in range(len(prompts))])
+        if graphs is not None and engine.unrecorded is None:
+            assert len(graphs) >= 2, "nothing was recorded"
+    for recorded, plain in zip(found[:2], found[2:], strict=True):
+        same = [a.token_ids == b.token_ids for a, b in zip(recorded, plain, strict=True)]
+        assert all(same)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("heads", "groups_", "size"), [(16, 8, 128), (4, 4, 64), (8, 1, 256)])
+def test_the_kernel_of_a_step(heads, groups_, size, window, sinks):
+    """FlashAttention over slots of different lengths against the plain computation in float32."""
+    from mcore_core.model.decode import DecodeState, Kept, attend, attend_step, visible
+    from mcore_core.model.packed import PackedRow
+
+    torch.manual_seed(0)
+    slots, capacity = 5, 192
+    positions = torch.tensor([0, 191, 7, 64, 100], device="cuda")
+    query = torch.randn(slots, heads, size, device="cuda").bfloat16()
+    kept = tuple(
+        torch.randn(slots + 2, groups_, capacity, size, device="cuda").bfloat16() for _ in range(2)
+    )
+    offset = torch.randn(heads, device="cuda").bfloat16() if sinks else None
+    row = PackedRow(qkv_format="thd", positions_T=positions)
+    where = torch.arange(slots, device="cuda")
+    row.kept = Kept(DecodeState(slots, capacity), where, positions, keys=capacity)
+    given = {"scale": size**-0.5, "sinks": offset}
+    found = attend_step(query, kept, row, window=window, **given)
+    seen = visible(row, row.kept, window, torch.float32)
+    wide = tuple(t.float() for t in kept)
+    expected = attend(query.float(), wide, seen, **given)
+    assert (found.float() - expected).abs().max() < 2e-2
+
+
 def test_divergence_of_half_precision(groups):
     """The compiled kernels against float64 on the same numbers."""
     from mcore_core.model.divergence import Teacher

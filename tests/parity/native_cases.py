@@ -50,6 +50,16 @@ def engine_of(folder, family, *, tokenizer=None, options=None, **sizes):
     return engine
 
 
+def as_on_a_gpu(engine, *, steps=5, graphs=None):
+    """Have steps padded, and several between two looks of the host, as on a GPU."""
+    from mcore_rlhf.rollout.native.steps import Steps
+
+    engine.sleep()
+    engine.few_sizes, engine.most_steps = True, steps
+    engine._steps = Steps(engine.forward, engine.device, graphs, most=steps)
+    return engine
+
+
 def requests_of(token_ids, sampling, prefix="r"):
     return [Request(f"{prefix}{i}", ids, sampling) for i, ids in enumerate(token_ids)]
 

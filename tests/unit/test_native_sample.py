@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from mcore_rlhf.rollout.native.sample import Choice, filtered, sample, stream_key, uniforms
+from mcore_rlhf.rollout.native.sample import (
+    BLOCK,
+    Choice,
+    filtered,
+    inverse,
+    sample,
+    stream_key,
+    uniforms,
+)
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -111,9 +119,36 @@ def test_ties_at_the_edge_are_kept():
     assert (kept[0] > -1).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("vocab", [BLOCK, 5 * BLOCK, 5 * BLOCK + 3, 7])
+def test_blocks_change_no_token(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    probs = torch.rand(400, vocab, generator=generator)
+    probs[probs < 0.9] = 0  # whole blocks are empty
+    probs[:, 2] = 0.5
+    numbers = torch.rand(400, dtype=torch.float64, generator=generator)
+    numbers[:3] = torch.tensor([0.0, 1 - 2.0**-32, 0.5], dtype=torch.float64)
+    summed = probs.cumsum(-1, dtype=torch.float64)
+    wanted = torch.searchsorted(summed, numbers[:, None] * summed[:, -1:], right=True).squeeze(-1)
+    found = inverse(probs, numbers)
+    assert torch.equal(found, wanted)
+    assert (probs.gather(-1, found[:, None]) > 0).all()
+
+
+def split_mix(key, index):
+    """Return what `uniforms` should, in whole numbers of any size."""
+    mask = 2**64 - 1
+    z = (key + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 32) / 2**32
+
+
 def test_random_numbers_are_uniform_and_of_their_own():
-    keys = np.array([stream_key(7, f"r{i}") for i in range(2000)], np.uint64)
-    numbers = np.stack([uniforms(keys, np.full(2000, i)) for i in range(50)])
+    names = np.array([stream_key(7, f"r{i}") for i in range(2000)], np.uint64)
+    keys = torch.from_numpy(names.view(np.int64))
+    numbers = np.stack([uniforms(keys, torch.full((2000,), i)).numpy() for i in range(50)])
+    for i in (0, 1, 49):
+        assert numbers[i, :100].tolist() == [split_mix(int(k), i) for k in names[:100]]
     assert ((numbers >= 0) & (numbers < 1)).all()
     counts, _ = np.histogram(numbers, 100)
     # chi-square of 99 degrees of freedom: mean 99, standard deviation 14
@@ -122,5 +157,5 @@ def test_random_numbers_are_uniform_and_of_their_own():
     assert abs(np.corrcoef(numbers[0, :-1], numbers[0, 1:])[0, 1]) < 0.08
     assert len(np.unique(keys)) == 2000
     assert stream_key(7, "r0") != stream_key(8, "r0")
-    alone = uniforms(keys[5:6], np.array([3]))
+    alone = uniforms(keys[5:6], torch.tensor([3]))
     assert alone[0] == numbers[3, 5]

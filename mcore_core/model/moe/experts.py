@@ -15,9 +15,12 @@ from torch import Tensor
 
 from mcore_core.model.config import DecoderConfig
 
+type Counts = list[int] | Tensor
+"""Tokens of each expert; or, known on the device alone, where each one's end, [E], int32."""
+
 
 def grouped_product(
-    x_TI: Tensor, weight_EOI: Tensor, counts: list[int], *, grouped: bool = True
+    x_TI: Tensor, weight_EOI: Tensor, counts: Counts, *, grouped: bool = True
 ) -> Tensor:
     """Return each token times its expert's matrix, [T, O].
 
@@ -25,18 +28,26 @@ def grouped_product(
 
     No shortcut for an expert without tokens: every rank runs the same collectives backward.
     """
-    if grouped and x_TI.is_cuda and x_TI.dtype is torch.bfloat16 and _aligned(weight_EOI):
-        ends = torch.tensor(counts, device=x_TI.device).cumsum(0).to(torch.int32)
+    if grouped and has_grouped_product(weight_EOI) and x_TI.dtype is weight_EOI.dtype:
+        ends = counts
+        if not isinstance(ends, Tensor):
+            ends = torch.tensor(ends, device=x_TI.device).cumsum(0).to(torch.int32)
         product: Tensor = torch._grouped_mm(x_TI, weight_EOI.transpose(-2, -1), offs=ends)
         return product
+    if isinstance(counts, Tensor):
+        counts = counts.diff(prepend=counts.new_zeros(1)).tolist()
     parts = zip(torch.split(x_TI, counts), weight_EOI.unbind(0), strict=True)
     return torch.cat([x @ weight.t() for x, weight in parts])
 
 
-def _aligned(weight_EOI: Tensor) -> bool:
-    """Return whether every row begins at a multiple of 16 bytes, as the grouped product wants."""
+def has_grouped_product(weight_EOI: Tensor) -> bool:
+    """Return whether one product of all experts is there for these: on a GPU, in bfloat16.
+
+    It wants every row to begin at a multiple of 16 bytes.
+    """
     _, outputs, inputs = weight_EOI.shape
-    return outputs % 8 == 0 and inputs % 8 == 0
+    half = weight_EOI.is_cuda and weight_EOI.dtype is torch.bfloat16
+    return half and outputs % 8 == 0 and inputs % 8 == 0
 
 
 class _OnFirst(torch.autograd.Function):
@@ -102,21 +113,25 @@ class GroupedLinear(MegatronModule):  # type: ignore[misc]
             if not alike:
                 set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
-    def forward(self, x_TI: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, x_TI: Tensor, counts: Counts) -> Tensor:
         """Return [T, O] without biases."""
         return grouped_product(x_TI, self.weight, counts, grouped=self.config.moe_grouped_gemm)
 
-    def token_bias(self, counts: list[int]) -> Tensor | None:
+    def token_bias(self, counts: Counts, tokens: int) -> Tensor | None:
         """Return the bias of each token's expert, [T, O]; summed over ranks it counts once."""
         if self.bias is None:
             return None
         bias: Tensor = self.bias
         if self.split == 1 and self.tp_group.size() > 1:
             bias = _OnFirst.apply(bias, self.tp_group.rank() == 0)  # type: ignore[no-untyped-call]
-        index = torch.repeat_interleave(
-            torch.arange(self.experts, device=bias.device),
-            torch.tensor(counts, device=bias.device),
-        )
+        if isinstance(counts, Tensor):
+            where = torch.arange(tokens, dtype=counts.dtype, device=counts.device)
+            index = torch.searchsorted(counts, where, right=True)
+        else:
+            index = torch.repeat_interleave(
+                torch.arange(self.experts, device=bias.device),
+                torch.tensor(counts, device=bias.device),
+            )
         return bias.index_select(0, index)
 
     def sharded_state_dict(
@@ -211,16 +226,19 @@ class GroupedMLP(MegatronModule):  # type: ignore[misc]
             tokens_per_expert: [E].
             probs_T: The router's weight of each token and expert.
         """
-        counts = tokens_per_expert.tolist()
+        return self.run(x_TH, tokens_per_expert.tolist(), probs_T), None
+
+    def run(self, x_TH: Tensor, counts: Counts, probs_T: Tensor) -> Tensor:
+        """Return what `forward` does, without a bias."""
         hidden = self.linear_fc1(x_TH, counts)
-        if (bias := self.linear_fc1.token_bias(counts)) is not None:
+        if (bias := self.linear_fc1.token_bias(counts, len(x_TH))) is not None:
             hidden = hidden + bias
         probs_T1 = probs_T.unsqueeze(-1)
         hidden = (self._activate(hidden) * probs_T1).to(x_TH.dtype)
-        out = self.linear_fc2(hidden, counts)
-        if (bias := self.linear_fc2.token_bias(counts)) is not None:
+        out: Tensor = self.linear_fc2(hidden, counts)
+        if (bias := self.linear_fc2.token_bias(counts, len(x_TH))) is not None:
             out = out + (bias * probs_T1).to(out.dtype)
-        return out, None
+        return out
 
     def _activate(self, x: Tensor) -> Tensor:
         config = self.config

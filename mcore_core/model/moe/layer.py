@@ -1,8 +1,12 @@
-"""Megatron's MoELayer over packed rows: the router knows which sequence each token is of."""
+"""Megatron's MoELayer over packed rows: the router knows which sequence each token is of.
+
+Shapes: T tokens, K chosen experts, A = T K assignments of tokens to experts, H the hidden size.
+"""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.mappings import (
@@ -13,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from mcore_core.model.config import DecoderConfig
+from mcore_core.model.moe.experts import GroupedMLP
 from mcore_core.model.moe.tokens import RowTokens, row_tokens
 
 if TYPE_CHECKING:
@@ -42,6 +47,19 @@ class PackedMoELayer(MoELayer):  # type: ignore[misc]
     def scatters(self) -> bool:
         """Whether this layer divides the tokens."""
         return bool(self.tp_group.size() > 1 and not self.config.sequence_parallel)
+
+    @property
+    def direct(self) -> bool:
+        """Whether generation needs no dispatcher: all experts are here, and none is limited."""
+        config = self.config
+        ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+        limited = config.moe_expert_capacity_factor is not None
+        return bool(
+            ranks * self.tp_group.size() == 1
+            and not limited
+            and not self.shared_expert_overlap
+            and isinstance(self.experts, GroupedMLP)
+        )
 
     def forward(
         self,
@@ -74,6 +92,8 @@ class PackedMoELayer(MoELayer):  # type: ignore[misc]
 
     def _run(self, tokens: RowTokens | None, hidden: Tensor) -> Tensor:
         shared = self.shared_experts_compute(hidden)
+        if self.row is not None and self.row.kept is not None and self.direct:
+            return self._generate(hidden, tokens, shared)
         if not self.scatters:
             return self._routed(hidden, tokens, shared)
         more = -len(hidden) % self.tp_group.size()
@@ -87,6 +107,19 @@ class PackedMoELayer(MoELayer):  # type: ignore[misc]
         )[: len(hidden)]
         result: Tensor = out if shared is None else out + shared
         return result
+
+    def _generate(self, hidden: Tensor, tokens: RowTokens | None, shared: Tensor | None) -> Tensor:
+        """Run the experts without asking the device how many tokens each has."""
+        chosen_TK, weights_TK = self.router.pick(hidden, tokens)
+        topk = chosen_TK.shape[-1]
+        expert_A, order_A = chosen_TK.flatten().sort(stable=True)
+        experts = torch.arange(self.num_local_experts, device=hidden.device)
+        ends = torch.searchsorted(expert_A, experts, right=True).to(torch.int32)
+        x_AH = hidden.squeeze(1).index_select(0, order_A // topk)
+        out_AH = self.experts.run(x_AH, ends, weights_TK.flatten().index_select(0, order_A))
+        out = torch.empty_like(out_AH).index_copy_(0, order_A, out_AH)
+        out = out.view(-1, topk, out.shape[-1]).sum(1).view_as(hidden)
+        return out if shared is None else out + shared
 
     def _routed(self, hidden: Tensor, tokens: RowTokens | None, shared: Tensor | None) -> Tensor:
         probs, routed = self.router(hidden, tokens)

@@ -78,12 +78,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         """Return the weights [T, E] and which experts are chosen [T, E]."""
         learns = self.training and torch.is_grad_enabled()
         scores_TE = scores_of(logits_TE, self.moe)
-        chosen_TK = self._choose(logits_TE, scores_TE, tokens)
-        if self.keep_choice:
-            self.chosen_TK = chosen_TK
-        weights_TK = weights_of(scores_TE, chosen_TK, self.moe)
+        chosen_TK, weights_TK = self._weighed(logits_TE, scores_TE, tokens)
         empty = torch.zeros_like(logits_TE)
-        probs = empty.scatter(-1, chosen_TK, weights_TK.to(logits_TE.dtype))
+        probs = empty.scatter(-1, chosen_TK, weights_TK)
         routed = empty.bool().scatter(-1, chosen_TK, True)
         kept = self._within_capacity(probs, routed, tokens)
         if self.stats.counting or learns:
@@ -99,6 +96,24 @@ class Router(TopKRouter):  # type: ignore[misc]
                     with torch.no_grad():
                         self.local_tokens_per_expert += demanded.sum(0)
         return (probs if kept is routed else probs * kept), kept
+
+    def pick(self, input: Tensor, tokens: RowTokens | None = None) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts [T, K] and their weights [T, K]; takes what `forward` does.
+
+        No expert's capacity is looked at, and nothing is counted.
+        """
+        self._maintain_float32_expert_bias()
+        logits_TE = self.gating(input).view(-1, self.moe.num_experts)
+        tokens = tokens or one_sequence(len(logits_TE), logits_TE.device)
+        return self._weighed(logits_TE, scores_of(logits_TE, self.moe), tokens)
+
+    def _weighed(
+        self, logits_TE: Tensor, scores_TE: Tensor, tokens: RowTokens
+    ) -> tuple[Tensor, Tensor]:
+        chosen_TK = self._choose(logits_TE, scores_TE, tokens)
+        if self.keep_choice:
+            self.chosen_TK = chosen_TK
+        return chosen_TK, weights_of(scores_TE, chosen_TK, self.moe).to(logits_TE.dtype)
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, tokens: RowTokens) -> Tensor:
         if self.config.balance == "sinkhorn" and self.training:

@@ -1,7 +1,8 @@
 """The native engine: prompts are read together, then one token of every completion a step.
 
-What finishes makes room for what waits, so that steps stay full. Every rank of a model takes the
-same decisions from the same numbers; only the last pipeline stage samples, and tells the others.
+What finishes makes room for what waits, so that steps stay full. On a GPU the host looks at what
+was generated once in several steps. Every rank of a model takes the same decisions from the same
+numbers; only the last pipeline stage samples, and tells the others.
 
 Shapes: N rows of a pass whose next token is wanted.
 """
@@ -17,21 +18,24 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mcore_core.checkpoint.state import gather_weights
-from mcore_core.model.decode import DecodeState
+from mcore_core.model.decode import DecodeState, has_kernel
 from mcore_core.parallel.reduce import any_rank
 from mcore_rlhf.rollout.native import rows, stop
 from mcore_rlhf.rollout.native.config import NativeConfig
 from mcore_rlhf.rollout.native.forward import Forward
-from mcore_rlhf.rollout.native.memory import slots_that_fit
+from mcore_rlhf.rollout.native.graphs import Graphs, refusal
+from mcore_rlhf.rollout.native.memory import prompt_tokens_that_fit, slots_that_fit
 from mcore_rlhf.rollout.native.sample import Choice, sample, uniforms
 from mcore_rlhf.rollout.native.slots import Ints, Pending, Slots
+from mcore_rlhf.rollout.native.steps import Size, Steps
 
 if TYPE_CHECKING:
+    from mcore_core.model.build import ModelPlan
     from mcore_core.protocols import Completion, EngineContext, Request, Sampling
 
 MOST_SLOTS = {"cpu": 256, "cuda": 512}
-PROMPT_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens of prompts in one pass, where there is more than one prompt."""
+STEPS = {"cpu": 1, "cuda": 8}
+"""Steps between two looks of the host: a GPU need not wait, and what ended runs on meanwhile."""
 ROUND = 64
 """Capacities are multiples of this."""
 
@@ -53,7 +57,19 @@ class NativeEngine:
         layout = context.plan.layout
         self.lockstep = layout.ep * layout.etp > layout.tp
         """Whether experts are spread over ranks that generate different completions."""
+        self.few_sizes = self.device.type == "cuda"
+        """Whether steps are padded so that few different ones come up."""
+        self.most_steps = STEPS[self.device.type]
+        self.fused = has_kernel(context.plan.dtype, self.device, _head_sizes(context.plan))
+        self.unrecorded = refusal(context.plan, self.forward, self.device)
+        """Why steps are not recorded as CUDA graphs; None where they are."""
+        if not options.native_cuda_graphs:
+            self.unrecorded = "native_cuda_graphs is off"
+        graphs = None if self.unrecorded else Graphs(self.device)
+        self._steps = Steps(self.forward, self.device, graphs, most=self.most_steps)
         self.version: int | None = None
+        self._weights: list[int] = []
+        self._prompt_tokens = 0
         self._state: DecodeState | None = None
         self._most = 0
         self._queue: deque[Pending] = deque()
@@ -64,6 +80,8 @@ class NativeEngine:
         self._longest = 0
         """Tokens of the longest request, prompt and completion, that is not done."""
         self._choices: dict[Sampling, Choice] = {}
+        self._present: Choice | None = None
+        """Of all slots in use; None: they have changed."""
 
     def submit(self, requests: "Sequence[Request]") -> None:
         """Queue requests of this data-parallel rank; its context-parallel ranks share them out."""
@@ -84,14 +102,15 @@ class NativeEngine:
     def poll(self, *, wait: bool = True) -> "list[Completion]":
         """Return what finished; without `wait` at most one pass through the model is made."""
         with self.forward.evaluating():
+            steps = self.most_steps if wait and not self.lockstep else 1
             if self.lockstep:
                 while any_rank(self._busy, self.device):
-                    self._pass()
+                    self._pass(steps)
                     if not wait:
                         break
             else:
                 while self._busy and not self._done:
-                    self._pass()
+                    self._pass(steps)
                     if not wait:
                         break
         done, self._done = self._done, []
@@ -114,13 +133,17 @@ class NativeEngine:
     def update_weights(self, *, step: int) -> None:
         """Sample with the weights as they are now; what is being generated is read anew."""
         gather_weights(self.forward.chunks)
-        self.version = step
+        weights = [p.data_ptr() for decoder in self.forward.decoders for p in decoder.parameters()]
+        if weights != self._weights:
+            self._steps.clear()
+        self.version, self._weights = step, weights
         under_way = [self._slots.progress(i) for i in range(len(self._slots))]
         self._queue.extendleft(reversed(under_way))
-        self._slots = Slots()
+        self._slots, self._present = Slots(), None
 
     def sleep(self) -> None:
         """Free keys and values."""
+        self._steps.clear()
         self._state = self._seen = None
 
     def wake(self) -> None:
@@ -136,13 +159,13 @@ class NativeEngine:
     def _busy(self) -> bool:
         return bool(self._queue or len(self._slots))
 
-    def _pass(self) -> None:
-        """Run the model once: over new prompts, else over one token of each slot."""
+    def _pass(self, steps: int) -> None:
+        """Run the model over new prompts, else over one token of each slot, `steps` times."""
         assert self.version is not None, "update_weights comes first"
         if new := self._admit():
             self._read(new)
         elif len(self._slots):
-            self._step()
+            self._step(steps)
         else:  # other ranks' experts wait for this one
             self.forward.hidden(*self._idle())
 
@@ -166,7 +189,7 @@ class NativeEngine:
         if free < min(len(self._queue), max(1, self._most // 4)) and len(self._slots):
             return []
         new: list[Pending] = []
-        budget, seen = PROMPT_TOKENS[self.device.type], set[tuple[int, ...]]()
+        budget, seen = self._prompt_tokens, set[tuple[int, ...]]()
         while self._queue and len(new) < free:
             prompt = self._queue[0].prompt
             if prompt not in seen:
@@ -182,9 +205,20 @@ class NativeEngine:
         wanted = self._longest
         if self._state is None:
             self._state, self._most = DecodeState(0, 0), 0
-        if wanted <= self._state.capacity and self._most:
-            return
-        capacity = max(self._state.capacity, -(-wanted // ROUND) * ROUND)
+        if wanted > self._state.capacity or not self._most:
+            self._measure(self._state, wanted)
+        if self.few_sizes:  # room for all that will come: what is recorded reads it where it lies
+            number = min(self._most, len(self._slots) + len(self._queue))
+            self._grow(self._size(number, 1).rows)
+
+    def _grow(self, slots: int, capacity: int = 0) -> None:
+        assert self._state is not None
+        if self._state.grow(slots, capacity):
+            self._steps.clear()
+
+    def _measure(self, state: DecodeState, wanted: int) -> None:
+        """Find out how many slots of so many tokens there is memory for."""
+        capacity = max(state.capacity, -(-wanted // ROUND) * ROUND)
         fit = slots_that_fit(
             self.plan,
             max(self.plan.stage_layers) * (self.plan.layout.vpp or 1),
@@ -194,14 +228,16 @@ class NativeEngine:
         )
         most = self.options.native_slots or MOST_SLOTS[self.device.type]
         self._most = max(1, min(fit, most))
-        self._state.grow(self._state.slots, capacity)
+        self._grow(state.slots, capacity)
+        self._prompt_tokens = prompt_tokens_that_fit(self.plan, self.device)
 
     def _read(self, new: list[Pending]) -> None:
         """Read prompts, each different one once, and sample the first token of every request."""
         state = self._state
         assert state is not None
         where_N = self._slots.add(new, multiple=self.multiple)
-        state.grow(len(self._slots.last), state.capacity)
+        self._present = None
+        self._grow(len(self._slots.last))
         first: dict[tuple[int, ...], int] = {}
         which_N = np.array([first.setdefault(p.prompt, len(first)) for p in new])
         _, leaders = np.unique(which_N, return_index=True)
@@ -217,40 +253,68 @@ class NativeEngine:
         self._note_prompts(where_N)
         ends = np.cumsum([len(s) for s in sequences])[which_N] - 1
         hidden_NH = None if hidden_TH is None else hidden_TH.index_select(0, self._move(ends))
-        self._continue(hidden_NH, where_N)
+        self._first(hidden_NH, where_N)
 
-    def _step(self) -> None:
-        """Generate one token in every slot."""
+    def _size(self, number: int, keys: int) -> Size:
+        assert self._state is not None
+        return rows.step_size(
+            number,
+            keys,
+            multiple=self.multiple,
+            most=self._most,
+            capacity=self._state.capacity,
+            few=self.few_sizes,
+            fused=self.fused,
+        )
+
+    def _step(self, steps: int) -> None:
+        """Generate tokens in every slot, and take out those that are done."""
         slots, number = self._slots, len(self._slots)
         assert self._state is not None
-        padded = -(-number // self.multiple) * self.multiple
-        row = rows.step(slots.last[:padded], slots.position[:padded], self._state, self.device)
-        hidden_TH = self.forward.hidden(row.tokens_T, row.row)
-        self._continue(None if hidden_TH is None else hidden_TH[:number], np.arange(number))
+        steps = min(steps, int((slots.limit - slots.count)[:number].max()))
+        size = self._size(number, int(slots.position[:number].max()) + steps)
+        if self._present is None:
+            self._present = self._choice(np.arange(number))
+        penalized = self._present.penalty_N1 is not None
+        tokens_KN, logps_KN = self._steps.run(
+            slots,
+            self._state,
+            self._present,
+            self._seen if penalized else None,
+            size=size,
+            steps=steps,
+        )
+        alive_N, gone = np.arange(number), []
+        for tokens_N, logps_N in zip(tokens_KN, logps_KN, strict=True):
+            ended = self._record(alive_N, tokens_N[alive_N], logps_N[alive_N])
+            gone.append(alive_N[ended])
+            alive_N = alive_N[~ended]
+        self._remove(np.sort(np.concatenate(gone)))
 
-    def _continue(self, hidden_NH: Tensor | None, where_N: Ints) -> None:
-        """Sample the next token of some slots, and take out those that are done."""
+    def _first(self, hidden_NH: Tensor | None, where_N: Ints) -> None:
+        """Sample the first token of some slots, and take out those that are done."""
         slots, found = self._slots, None
         if hidden_NH is not None:
-            random_N = uniforms(slots.keys[where_N], slots.count[where_N])
             choice = self._choice(where_N)
+            keys_N, count_N = slots.keys[where_N].view(np.int64), slots.count[where_N]
+            random_N = uniforms(self._move(keys_N), self._move(count_N))
             seen_NV = None
             if choice.penalty_N1 is not None and self._seen is not None:
                 seen_NV = self._seen[self._move(where_N)]
-            logits_NV = self.forward.logits(hidden_NH)
-            tokens_N, logps_N = sample(logits_NV, self._move(random_N), choice, seen_NV)
+            tokens_N, logps_N = sample(self.forward.logits(hidden_NH), random_N, choice, seen_NV)
             found = torch.stack((tokens_N.double(), logps_N.double()))
         shared = self.forward.share(found, (2, len(where_N)), self.device)
-        tokens, logps = shared.cpu().numpy()
-        tokens = tokens.astype(np.int64)
+        numbers, logps = shared.cpu().numpy()
+        tokens = numbers.astype(np.int64)
         if self._seen is not None:
             self._seen[self._move(where_N), self._move(tokens)] = True
+        self._remove(where_N[self._record(where_N, tokens, logps)])
+
+    def _record(self, where_N: Ints, tokens: Ints, logps: Any) -> Any:  # noqa: ANN401
+        """Note the next token of some slots; return which of them ended with it, [N]."""
+        slots = self._slots
         assert self.version is not None
         slots.record(where_N, tokens, logps, self.version)
-        self._finish(where_N, tokens)
-
-    def _finish(self, where_N: Ints, tokens: Ints) -> None:
-        slots = self._slots
         stopped = (slots.stops[where_N] == tokens[:, None]).any(1)
         for i in np.flatnonzero(slots.words[where_N] & ~stopped).tolist():
             slot = int(where_N[i])
@@ -261,12 +325,13 @@ class NativeEngine:
         for i in np.flatnonzero(ended).tolist():
             reason: Any = "stop" if stopped[i] else "length"
             self._done.append(slots.progress(int(where_N[i])).completion(reason))
-        self._remove(where_N[ended])
+        return ended
 
     def _remove(self, where: Ints) -> None:
         if not len(where):
             return
         source, target = self._slots.remove(where)
+        self._present = None
         if not len(source):
             return
         assert self._state is not None
@@ -293,7 +358,9 @@ class NativeEngine:
         if all(p.request.sampling.repetition_penalty == 1.0 for p in pending):
             self._seen = None
             return
-        rows_now, vocab = len(self._slots.last), self.plan.architecture.vocab_size
+        assert self._state is not None
+        vocab = self.plan.architecture.vocab_size
+        rows_now = max(len(self._slots.last), self._state.slots)
         before = self._seen
         if before is None or len(before) < rows_now:
             self._seen = torch.zeros(rows_now, vocab, dtype=torch.bool, device=self.device)
@@ -308,3 +375,11 @@ class NativeEngine:
 
     def _move(self, array: Any) -> Tensor:  # noqa: ANN401
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _head_sizes(plan: "ModelPlan") -> tuple[int, int]:
+    """Return the sizes of a key and of a value."""
+    shape = plan.architecture
+    if shape.mla is None:
+        return shape.kv_channels, shape.kv_channels
+    return shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim, shape.mla.v_head_dim

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
 
 CPU_GIB = 4.0
+CPU_PROMPT_TOKENS = 4096
+MOST_PROMPT_TOKENS = 65536
+"""Prompts of more tokens fill a GPU: larger passes are no faster."""
+PROMPT_SHARE = 0.1
+"""Of a GPU's free memory, what the activations of one pass over prompts may take."""
 
 
 def slot_bytes(plan: "ModelPlan", layers: range, capacity: int) -> int:
@@ -34,6 +39,33 @@ def slot_bytes(plan: "ModelPlan", layers: range, capacity: int) -> int:
     return total
 
 
+def prompt_tokens_that_fit(plan: "ModelPlan", device: torch.device) -> int:
+    """Return how many tokens of prompts every rank of the model can read in one pass; collective.
+
+    A prompt that is longer is read by itself.
+    """
+    if device.type != "cuda":
+        return CPU_PROMPT_TOKENS
+    shape, tp = plan.architecture, plan.layout.tp
+    experts = shape.moe.topk * shape.moe.ffn_hidden_size if shape.moe is not None else 0
+    heads = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    wide = max(shape.ffn_hidden_size, experts)
+    each = (8 * shape.hidden_size + (4 * wide + 3 * heads) // tp) * plan.dtype.itemsize
+    if shape.moe is not None:
+        each += 3 * shape.moe.topk * shape.hidden_size * plan.dtype.itemsize
+    fit = int(torch.cuda.mem_get_info(device)[0] * PROMPT_SHARE) // each
+    return max(1024, _least(min(fit, MOST_PROMPT_TOKENS), device))
+
+
+def _least(number: int, device: torch.device) -> int:
+    """Return the smallest number that a rank of the model has."""
+    found = torch.tensor(number, device=device)
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+    return int(found)
+
+
 def slots_that_fit(
     plan: "ModelPlan", layers: int, capacity: int, gib: float | None, device: torch.device
 ) -> int:
@@ -45,8 +77,4 @@ def slots_that_fit(
     else:
         budget = CPU_GIB * 2**30
     each = slot_bytes(plan, range(layers), capacity)
-    most = torch.tensor(max(1, int(budget // max(1, each))), device=device)
-    group = parallel_state.get_model_parallel_group()
-    if group.size() > 1:
-        dist.all_reduce(most, op=dist.ReduceOp.MIN, group=group)
-    return int(most)
+    return _least(max(1, int(budget // max(1, each))), device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcore_core.model.decode import DecodeState, Kept
 from mcore_core.model.packed import PackedRow
+from mcore_rlhf.rollout.native.steps import Size
 
 if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 KEYS = 64
 """On a GPU a step looks at a multiple of so many positions."""
+FEWEST = 8
+"""On a GPU a step has at least so many rows."""
 
 
 def row_multiple(plan: "ModelPlan") -> int:
@@ -63,12 +66,26 @@ def prompts(
     return Input(ints[0], row)
 
 
-def step(tokens: "Ints", positions: "Ints", state: DecodeState, device: torch.device) -> Input:
-    """Return the row of one token for each of the first slots."""
-    ints = torch.from_numpy(np.stack((tokens, positions))).to(device, non_blocking=True)
-    slots = torch.arange(len(tokens), device=device)
-    keys = int(positions.max()) + 1
-    if device.type == "cuda":  # kernels are chosen by shape: let few shapes come up
-        keys = min(state.capacity, -(-keys // KEYS) * KEYS)
-    kept = Kept(state, slots, ints[1], keys=keys)
-    return Input(ints[0], PackedRow(qkv_format="thd", positions_T=ints[1], kept=kept))
+def step_size(
+    number: int, keys: int, *, multiple: int, most: int, capacity: int, few: bool, fused: bool
+) -> Size:
+    """Return how many rows and positions a step has.
+
+    Args:
+        number: Slots in use.
+        keys: Tokens of the longest sequence after the last step that is to run.
+        multiple: What rows are padded to.
+        most: Slots there can be.
+        capacity: Tokens a slot has room for.
+        few: Let few different sizes come up, for each is recorded, or has kernels chosen for it.
+        fused: Attention reads lengths on the device, whatever `keys` says.
+    """
+    if not few:
+        rows = -(-number // multiple) * multiple
+        return Size(rows=rows, wanted=number, keys=min(capacity, keys))
+    rows = -(-min(max(FEWEST, 2 ** (number - 1).bit_length()), most) // multiple) * multiple
+    looked = capacity
+    if not fused:
+        octave = max(KEYS, 2 ** (keys - 1).bit_length() // 4)
+        looked = min(capacity, -(-keys // octave) * octave)
+    return Size(rows=rows, wanted=rows, keys=looked)

@@ -1,27 +1,29 @@
 """From logits to tokens: temperature, top_k, top_p, repetition penalty, and their own randomness.
 
 A token's random number is a function of (seed, request, index of the token), so that a completion
-is the same in every batch and layout.
+is the same in every batch and layout. Nothing here asks the device for a value.
 
-Shapes: N rows, V vocabulary.
+Shapes: N rows, V vocabulary, B blocks of it.
 """
 
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from mcore_core.protocols import Sampling
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _FIRST, _SECOND = (
+    n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+BLOCK = 128
+"""Tokens whose probabilities are summed before they are looked at one by one."""
 
 
 def stream_key(seed: int, request: str) -> int:
@@ -29,17 +31,24 @@ def stream_key(seed: int, request: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{request}".encode(), digest_size=8).digest())
 
 
-def uniforms(keys_N: "NDArray[np.uint64]", index_N: "NDArray[Any]") -> "NDArray[np.float64]":
-    """Return each row's random number of a token index: multiples of 2**-32 in [0, 1).
+def uniforms(keys_N: Tensor, index_N: Tensor) -> Tensor:
+    """Return each row's random number of a token index: multiples of 2**-32 in [0, 1), float64.
 
     SplitMix64 (Steele, Lea and Flood, 2014) at a position of the request's stream.
+
+    Args:
+        keys_N: The bits of `stream_key`, int64.
+        index_N: int64.
     """
-    with np.errstate(over="ignore"):
-        z = keys_N + (index_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    high: NDArray[np.float64] = ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.float64)
-    return high * 2.0**-32
+
+    def high(z: Tensor, bits: int) -> Tensor:  # a shift of int64 repeats the sign: cut it off
+        shifted: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+        return shifted
+
+    z = keys_N + (index_N + 1) * _GOLDEN
+    z = (z ^ high(z, 30)) * _FIRST
+    z = (z ^ high(z, 27)) * _SECOND
+    return high(z ^ high(z, 31), 32).double() * 2.0**-32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +61,8 @@ class Choice:
     all_greedy: bool
     top_k_N1: Tensor | None
     """The vocabulary's size where all are kept."""
+    largest_k: int
+    """The largest of these."""
     top_p_N1: Tensor | None
     penalty_N1: Tensor | None
 
@@ -73,17 +84,23 @@ class Choice:
             greedy_N=None if flags is None else flags.squeeze(-1),
             all_greedy=all(greedy),
             top_k_N1=column(top_k, vocab_size, torch.long),
+            largest_k=max(top_k),
             top_p_N1=column([s.top_p for s in settings], 1.0, torch.float32),
             penalty_N1=column([s.repetition_penalty for s in settings], 1.0, torch.float32),
         )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The settings that there are, by field."""
+        names = ("temperature_N1", "greedy_N", "top_k_N1", "top_p_N1", "penalty_N1")
+        return {n: t for n in names if (t := getattr(self, n)) is not None}
 
 
 def filtered(scores_NV: Tensor, choice: Choice) -> Tensor:
     """Return the scores with what top_k, then top_p leave out at minus infinity."""
     if choice.top_k_N1 is not None:
-        largest = int(choice.top_k_N1.max())
         top_k_N1 = choice.top_k_N1.expand(len(scores_NV), 1)
-        best = scores_NV.topk(largest, dim=-1).values.gather(-1, top_k_N1 - 1)
+        best = scores_NV.topk(choice.largest_k, dim=-1).values.gather(-1, top_k_N1 - 1)
         scores_NV = scores_NV.masked_fill(scores_NV < best, float("-inf"))
     if choice.top_p_N1 is not None:
         ascending, order = scores_NV.sort(dim=-1)
@@ -124,10 +141,34 @@ def _draw(scores_NV: Tensor, logps_NV: Tensor, uniform_N: Tensor, choice: Choice
         return scores_NV.argmax(-1)
     plain = choice.top_k_N1 is None and choice.top_p_N1 is None and choice.penalty_N1 is None
     probs_NV = logps_NV.exp() if plain else filtered(scores_NV, choice).softmax(-1)
-    # one number a row: the first token at which the summed probability exceeds it
-    summed_NV = probs_NV.cumsum(-1, dtype=torch.float64)
-    threshold_N1 = uniform_N.unsqueeze(-1) * summed_NV[:, -1:]
-    drawn_N = torch.searchsorted(summed_NV, threshold_N1, right=True).squeeze(-1)
+    drawn_N = inverse(probs_NV, uniform_N)
     if choice.greedy_N is None:
         return drawn_N
     return torch.where(choice.greedy_N, scores_NV.argmax(-1), drawn_N)
+
+
+def inverse(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Return for each row the first token at which the summed probability exceeds its number.
+
+    Sums run over blocks first, then inside one: a running sum over a whole vocabulary is slow.
+
+    Args:
+        probs_NV: Probabilities, or any multiple of them.
+        uniform_N: In [0, 1), float64.
+
+    Returns:
+        Tokens, [N], int64; never one of probability zero.
+    """
+    rows, vocab = probs_NV.shape
+    blocks_NBb = F.pad(probs_NV, (0, -vocab % BLOCK)).view(rows, -1, BLOCK)
+    mass_NB = blocks_NBb.sum(-1, dtype=torch.float64)
+    upto_NB = mass_NB.cumsum(-1)
+    threshold_N1 = uniform_N.unsqueeze(-1) * upto_NB[:, -1:]
+    block_N1 = torch.searchsorted(upto_NB, threshold_N1, right=True)
+    before_N1 = (upto_NB - mass_NB).gather(-1, block_N1)
+    inside_Nb = blocks_NBb.gather(1, block_N1.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+    inside_Nb = inside_Nb.cumsum(-1, dtype=torch.float64)
+    found_N1 = torch.searchsorted(inside_Nb, threshold_N1 - before_N1, right=True)
+    total_N1 = inside_Nb[:, -1:].contiguous()
+    last_N1 = torch.searchsorted(inside_Nb, total_N1)  # the last token that adds something
+    return (block_N1 * BLOCK + torch.minimum(found_N1, last_N1)).squeeze(-1)

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from mcore_core.model.moe.experts import grouped_product
+from mcore_core.model.moe.experts import Counts, grouped_product
 from mcore_sft.tuners.lora.matrices import Offsets, Pair, sharded
 
 ALIKE, APART, EXPERTS = "lora-alike", "lora-apart", "lora-experts"
@@ -216,7 +216,7 @@ class ExpertsAdapter(Adapter):
     Expert-tensor-parallel ranks see the same tokens, and their outputs are added up afterwards.
     """
 
-    def forward(self, x_TI: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, x_TI: Tensor, counts: Counts) -> Tensor:
         """Return what is added to the output, [T, outputs]."""
         parts = []
         for pair, (a, b, scale) in zip(self.pairs, self.matrices(), strict=True):
