@@ -45,9 +45,8 @@ test: setup  ## every test that is quick and needs no GPU
 parity: setup  ## every layout against one rank, the default ones included
 	$(BIN)/python -m pytest tests/parity -m "not gpu and not grid"
 
-grid: setup  ## every recipe x architecture x layout (hours); writes docs/reference/layouts.md
-	rm -f .grid.jsonl
-	MCORE_GRID=$(CURDIR)/.grid.jsonl $(BIN)/python -m pytest tests/parity/test_grid.py
+grid: setup  ## every recipe x architecture x layout (an hour, goes on where it stopped); writes docs/reference/layouts.md
+	MCORE_GRID=$(CURDIR)/.grid.jsonl MCORE_GRID_RESUME=1 $(BIN)/python -m pytest tests/parity/test_grid.py
 	$(BIN)/python tests/parity/grid_table.py .grid.jsonl docs/reference/layouts.md
 
 slow: setup  ## real models, the quickstart, training killed and resumed

@@ -4,10 +4,10 @@ A `Case` says what is trained; `run_case(case, layout)` trains it and `assert_sa
 layouts. Call `mcore_core.compat.apply()` before this module is imported: it imports megatron.
 """
 
-import math
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +31,8 @@ from mcore_core.parallel.topology import Layout
 from mcore_core.platform import install
 from mcore_core.protocols import FrozenModel, HeadSpec, TunerContext
 from mcore_core.rollout import EngineContext
-from mcore_core.testing.parity import (
-    Part,
-    assemble,
-    fill,
-    is_vocabulary,
-    largest_difference,
-    parts,
-)
+from mcore_core.testing.compare import assert_same as assert_same
+from mcore_core.testing.parity import Part, assemble, fill, parts
 from mcore_core.testing.ranks import fork_ranks
 from mcore_core.train.build import build_model, wrap
 from mcore_core.train.frozen import freeze
@@ -48,7 +42,7 @@ from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.services import FrozenGenerators, RunServices
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models, StepView, flat, regroup
-from mcore_core.train.tuning import build_tuner, installed_tuners
+from mcore_core.train.tuning import build_tuner
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -115,14 +109,16 @@ class Session:
     def __init__(self, case: Case, layout: Layout, *, seed: int = 42) -> None:
         self.case, self.layout = case, layout
         platform = install()
-        state.initialize(platform, layout, seed=seed)
-        options = {"sequence_parallel": layout.sp, **case.options}
-        self.config = kernel_config(*case.groups, **options)
+        if parallel_state.model_parallel_is_initialized():  # by an earlier case of `run_cases`
+            state.seed_everything(seed)
+        else:
+            state.initialize(platform, layout, seed=seed)
+        self.config = config_of(case, layout)
         recipe = case.recipe(self.config)
         self.plan = _plan(case, case.architecture, layout, self.config, recipe.head)
         on_cpu = platform.name == "cpu"
         chunks = build_model(self.plan, self.config, on_cpu=on_cpu)
-        self.tuner = build_tuner(installed_tuners(), self._context())
+        self.tuner = build_tuner(_installed().catalogue("mcore_tuners"), self._context())
         self.tuner.apply(chunks)
         fill(chunks)
         self.tuner.load(chunks)
@@ -291,9 +287,19 @@ def _plan(
 
 def _dispatcher(config: "RunConfig") -> Any:  # noqa: ANN401
     """Return the dispatcher that the options name, of an installed plugin."""
+    return find_dispatcher(config, _installed().catalogue("mcore_dispatchers"))
+
+
+@cache
+def _installed() -> PluginManager:
     manager = PluginManager()
     manager.load_installed()
-    return find_dispatcher(config, manager.catalogue("mcore_dispatchers"))
+    return manager
+
+
+def config_of(case: Case, layout: Layout) -> "RunConfig":
+    """Return the options of a case in a layout."""
+    return kernel_config(*case.groups, **{"sequence_parallel": layout.sp, **case.options})
 
 
 def run_case(
@@ -313,15 +319,33 @@ def run_case(
     Raises:
         AssertionError: Ranks report different results, or replicas differ.
     """
+    return run_cases([case], layout, gradients=gradients, timeout=timeout)[0]
 
-    def one_rank(_: int) -> RankRun:
-        session = Session(case, layout)
-        if gradients:
-            session.keep_gradients()
-        results = session.train(len(case.steps))
-        return RankRun(results, session.gradients, session.weights())
 
-    return combine(fork_ranks(one_rank, layout.world, timeout=timeout))
+def run_cases(
+    cases: Sequence[Case], layout: Layout, *, gradients: bool = True, timeout: float = 120
+) -> list[Outcome]:
+    """Train several cases, one after the other, on the same forked ranks: see `run_case`."""
+    _installed()  # what every rank needs alike is computed before they are forked
+    for case in cases:
+        config_of(case, layout)
+
+    def one_rank(_: int) -> list[RankRun]:
+        return [_trained(case, layout, gradients=gradients) for case in cases]
+
+    runs = fork_ranks(one_rank, layout.world, timeout=timeout)
+    return [combine(ranks) for ranks in zip(*runs, strict=True)]
+
+
+def _trained(case: Case, layout: Layout, *, gradients: bool) -> RankRun:
+    session = Session(case, layout)
+    if gradients:
+        session.keep_gradients()
+    results = session.train(len(case.steps))
+    run = RankRun(results, session.gradients, session.weights())
+    del session
+    gc.collect()
+    return run
 
 
 def combine(ranks: Sequence[RankRun]) -> Outcome:
@@ -335,45 +359,5 @@ def combine(ranks: Sequence[RankRun]) -> Outcome:
     return Outcome(first.results, gradients, assemble([r.weights for r in ranks]))
 
 
-def _common_rows(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `a` without the rows that pad its vocabulary beyond b's."""
-    return {k: x[: len(b[k])] if k in b and is_vocabulary(k) else x for k, x in a.items()}
-
-
 def _numbers(results: "Sequence[StepResult]") -> list[Any]:
     return [(r.loss, r.grad_norm, r.lr, r.tokens, sorted(r.metrics.items())) for r in results]
-
-
-def assert_same(
-    run: Outcome, reference: Outcome, *, relative: float = 1e-5, absolute: float = 0.0
-) -> None:
-    """Compare every step's loss, norm, metrics and gradients, and the final weights.
-
-    Numbers are compared relatively, or absolutely where that is wider (for what is a difference of
-    large numbers, as a reward is); a gradient or weight by its largest difference over the largest
-    value of its tensor. Gradients are left out where `run` kept none.
-
-    Raises:
-        AssertionError: It names the step and what differs by how much.
-    """
-    assert len(run.results) == len(reference.results)
-    for step, (a, b) in enumerate(zip(run.results, reference.results, strict=True), start=1):
-        assert (a.tokens, a.lr) == (b.tokens, b.lr), f"step {step}: {a} against {b}"
-        assert a.metrics.keys() == b.metrics.keys(), f"step {step}: {a} against {b}"
-        pairs = {
-            "loss": (a.loss, b.loss),
-            "grad_norm": (a.grad_norm, b.grad_norm),
-            **{name: (a.metrics[name], b.metrics[name]) for name in a.metrics},
-        }
-        for name, (x, y) in pairs.items():
-            assert math.isclose(x, y, rel_tol=relative, abs_tol=absolute), (
-                f"step {step}: {name} is {x}, expected {y} within {relative} of it"
-            )
-    if run.gradients:
-        both = zip(run.gradients, reference.gradients, strict=True)
-        for step, (mine, expected) in enumerate(both, start=1):
-            worst, key = largest_difference(mine, expected)
-            assert worst <= relative, f"step {step}: the gradient of {key} differs by {worst:.2e}"
-    weights = _common_rows(run.weights, reference.weights)
-    worst, key = largest_difference(weights, _common_rows(reference.weights, weights))
-    assert worst <= relative, f"after the last step the weight {key} differs by {worst:.2e}"

@@ -1,5 +1,8 @@
 """Run a function on N forked ranks over gloo: import once, fork many times, a second a case."""
 
+import gc
+import importlib
+import json
 import os
 import pickle
 import shutil
@@ -8,7 +11,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ def fork_ranks[R](function: Callable[[int], R], world: int, *, timeout: float = 
 
     Each rank is a fork of this process with RANK and WORLD_SIZE set and torch.distributed joined
     through a file; megatron's groups are the function's business. On a failure the remaining ranks
-    are killed and RankError raised.
+    are killed and RankError raised. What rank 0 imports is then imported here, for the next forks.
 
     Args:
         function: Called in the child; its result must be picklable.
@@ -39,11 +43,19 @@ def fork_ranks[R](function: Callable[[int], R], world: int, *, timeout: float = 
     try:
         _wait(pids, folder, timeout)
         results = [_result(folder, rank) for rank in range(world)]
+        _import(json.loads((folder / "modules").read_text()))
     finally:
         for pid in pids.values():
             _kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
     return results
+
+
+def _import(names: Iterable[str]) -> None:
+    """Import modules that a rank needed; what cannot be imported here is left to the ranks."""
+    for name in names:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _fork(
@@ -62,6 +74,7 @@ def _fork(
 def _child(
     function: Callable[[int], Any], rank: int, world: int, folder: Path, timeout: float
 ) -> int:
+    gc.freeze()  # else the first collection copies all memory that the ranks share
     import faulthandler  # noqa: PLC0415
 
     import torch  # noqa: PLC0415
@@ -74,7 +87,7 @@ def _child(
     faulthandler.dump_traceback_later(max(1.0, timeout - 2), file=stack)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    code = 0
+    before, code = set(sys.modules), 0
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
@@ -82,6 +95,9 @@ def _child(
         outcome: tuple[str, Any] = ("ok", function(rank))
     except BaseException:
         outcome, code = ("error", traceback.format_exc()), 1
+    if rank == 0:
+        new = [name for name in list(sys.modules) if name not in before]
+        (folder / "modules").write_text(json.dumps(new))
     part = folder / f"part{rank}"
     part.write_bytes(pickle.dumps(outcome))
     part.rename(folder / f"out{rank}")

@@ -1,16 +1,11 @@
 """The whole grid: recipes x architectures x layouts. What is missing from it has a reason here."""
 
-import dataclasses
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
+from grid_recipes import RECIPES
 from layer_cases import GDN, GROUPS, MLA, STEEP, shape
-from mcore_sft.config import SFTConfig
-from sft_case import RECOMPUTE, SGD, data
-from sft_case import recipe as sft
+from sft_case import RECOMPUTE, SGD
 
 from mcore_core.parallel.topology import Layout
 from mcore_core.testing.cases import Case
@@ -88,8 +83,6 @@ LAYOUTS = [
 ]
 """TP, PP, VPP, CP, DP, EP and ETP of up to 8 ranks: each alone, every pair, and mixes of three."""
 
-RELATIVE = 1e-5
-
 
 @cache
 def layout(name: str) -> Layout:
@@ -101,25 +94,6 @@ def layout(name: str) -> Layout:
     dp *= max(1, sizes.get("ep", 1) * sizes.get("etp", 1) // inner)
     world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1) * dp
     return Layout(world=world, sp="sp" in name.split("-"), **sizes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridRecipe:
-    """A training method in the grid."""
-
-    build: Callable[..., Any]
-    """Options of the run -> recipe."""
-    steps: Callable[[], Any]
-    """Units of each micro-batch of each global batch."""
-    groups: tuple[type, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    relative: float = RELATIVE
-
-
-RECIPES: dict[str, GridRecipe] = {
-    "sft": GridRecipe(build=sft, steps=data, groups=(SFTConfig,)),
-}
-"""Recipes add themselves in a module of their own, `grid_<recipe>.py`."""
 
 
 def reason(architecture: str, name: str) -> str | None:
@@ -141,8 +115,10 @@ def grid_case(recipe: str, architecture: str) -> Case:
         architecture=ARCHITECTURES[architecture],
         recipe=chosen.build,
         steps=chosen.steps(),
-        options={**base, **steep, **chosen.options},
+        options={**base, **chosen.options, **steep, **chosen.steep.get(architecture, {})},
         groups=chosen.groups,
+        frozen=chosen.frozen,
+        engine=chosen.engine,
     )
 
 

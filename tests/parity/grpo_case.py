@@ -84,23 +84,34 @@ def prompts(rng, number):
     return found
 
 
+BASE = {
+    "global_batch_size": 8,
+    "micro_batch_size": 2,
+    "num_generations": 4,
+    "max_completion_length": 14,
+    "reward_funcs": [REWARD],
+    "beta": 0.1,
+}
+
+
+def build(config):
+    return GRPORecipe(config, Plain())
+
+
+def data(options, rounds=2):
+    rng = np.random.default_rng(3)
+    size = options["global_batch_size"] * options.get("steps_per_generation", 1)
+    number = size // options["num_generations"]
+    return [[prompts(rng, number)] for _ in range(rounds)]
+
+
 def grpo_case(shape="qk-norm", rounds=2, **options):
     """A global batch of 8 completions, 4 of each prompt, in micro-batches of 2."""
-    rng = np.random.default_rng(3)
-    base = {
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "num_generations": 4,
-        "max_completion_length": 14,
-        "reward_funcs": [REWARD],
-        "beta": 0.1,
-    }
-    chosen = {**base, **options}
-    size = chosen["global_batch_size"] * chosen.get("steps_per_generation", 1)
+    chosen = {**BASE, **options}
     return Case(
         architecture=SHAPES[shape] if isinstance(shape, str) else shape,
-        recipe=lambda config: GRPORecipe(config, Plain()),
-        steps=[[prompts(rng, size // chosen["num_generations"])] for _ in range(rounds)],
+        recipe=build,
+        steps=data(chosen, rounds),
         options=chosen,
         groups=GROUPS,
         engine=FixedEngine,

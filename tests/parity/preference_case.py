@@ -93,18 +93,23 @@ def joined(steps, dp):
     ]
 
 
+OPTIONS = {
+    "dpo": {"lr": 0.5, "loss_type": MIXED, "beta": 0.3},
+    "kto": {"lr": 0.5, "beta": 0.3, "desirable_weight": 1.3},
+    "rm": {"lr": 0.05, "center_rewards_coefficient": 0.05},
+}
+
+
+def build(recipe, config):
+    return RECIPES[recipe](config, TEMPLATE)
+
+
 def preference_case(recipe, architecture="qk-norm", *, dp=1, steps=3, **options):
     """`dp` micro-batches are joined: the reference for a run on that many ranks."""
-    base = {**SGD, "recompute_granularity": "none", "lr": 0.05 if recipe == "rm" else 0.5}
-    if recipe == "dpo":
-        base |= {"loss_type": MIXED, "beta": 0.3}
-    if recipe == "kto":
-        base |= {"beta": 0.3, "desirable_weight": 1.3}
-    if recipe == "rm":
-        base |= {"center_rewards_coefficient": 0.05}
+    base = {**SGD, "recompute_granularity": "none", **OPTIONS[recipe]}
     return Case(
         architecture=ARCHITECTURES[architecture],
-        recipe=lambda config: RECIPES[recipe](config, TEMPLATE),
+        recipe=lambda config: build(recipe, config),
         steps=joined(data(recipe, steps), dp),
         options={k: list(v) if isinstance(v, tuple) else v for k, v in {**base, **options}.items()},
         groups=GROUPS_OF[recipe],

@@ -3,41 +3,42 @@
 `make parity` runs a covering set; `make grid` runs all of it and writes docs/reference/layouts.md.
 """
 
-import json
-import os
+import time
 from functools import cache
-from pathlib import Path
 
 import pytest
 from grid_cases import ARCHITECTURES, LAYOUTS, RECIPES, cells, covering, grid_case, layout, reason
+from grid_results import record, to_run
 
 from mcore_core.parallel.topology import Layout
 from mcore_core.testing.cases import assert_same, run_case
 
 pytestmark = pytest.mark.parity
-RESULTS = os.environ.get("MCORE_GRID")
-"""File that collects which cells passed."""
 
 
 @cache
 def _one_rank(recipe, architecture):
-    return run_case(grid_case(recipe, architecture), Layout())
+    reference = run_case(grid_case(recipe, architecture), Layout())
+    assert len(set(reference.losses)) == len(reference.losses) >= 3
+    return reference
 
 
 def _marked():
     some = covering()
-    return [pytest.param(*c, marks=() if c in some else pytest.mark.grid) for c in cells()]
+    return [pytest.param(*c, marks=() if c in some else pytest.mark.grid) for c in to_run(cells())]
 
 
 @pytest.mark.parametrize(("recipe", "architecture", "name"), _marked())
 def test_cell(recipe, architecture, name):
-    reference = _one_rank(recipe, architecture)
-    assert len(set(reference.losses)) == len(reference.losses) >= 3
-    run = run_case(grid_case(recipe, architecture), layout(name), timeout=300)
-    assert_same(run, reference, relative=RECIPES[recipe].relative)
-    if RESULTS:
-        with Path(RESULTS).open("a") as file:
-            file.write(json.dumps([recipe, architecture, name]) + "\n")
+    cell, begin, chosen = (recipe, architecture, name), time.monotonic(), RECIPES[recipe]
+    try:
+        reference = _one_rank(recipe, architecture)
+        run = run_case(grid_case(recipe, architecture), layout(name), timeout=250)
+        assert_same(run, reference, relative=chosen.relative, absolute=chosen.absolute)
+    except AssertionError as error:
+        record(cell, passed=False, seconds=time.monotonic() - begin, message=str(error)[-300:])
+        raise
+    record(cell, passed=True, seconds=time.monotonic() - begin)
 
 
 def test_few_cells_are_refused():

@@ -6,7 +6,8 @@ import pytest
 from sft_case import ADAM, LAYOUTS, SGD, SHAPES, sft_case
 from test_checkpoint_layouts import _resume, _uninterrupted
 
-from mcore_core.testing.cases import assert_same, largest_difference, run_case
+from mcore_core.testing.cases import assert_same, run_case
+from mcore_core.testing.parity import largest_difference
 
 MUON = {
     "optimizer": "muon",
