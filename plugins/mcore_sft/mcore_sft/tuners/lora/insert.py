@@ -106,14 +106,14 @@ class _Insertion:
                 self._replace_weight(adapter)
             case WholeLinear():
                 adapter = self._build(WholeAdapter, module.weight)
-                self._after(adapter, lambda args, out: out + adapter(*args))
+                self._after(adapter, lambda args, out: adapter(args[0], out))
             case _ if self.weight == "gate_weight":
                 adapter = self._build(WeightAdapter, module.gate_weight)
                 self._replace_weight(adapter)
             case _:
                 kind = RowAdapter if self.projections[0].split == 1 else ColumnAdapter
                 adapter = self._build(kind, module.weight)
-                self._after(adapter, lambda args, out: (out[0] + adapter(args[0]), *out[1:]))
+                self._after(adapter, lambda args, out: (adapter(args[0], out[0]), *out[1:]))
         module.adapter = adapter
         self._save_with(adapter)
         return adapter

@@ -85,6 +85,47 @@ class Adapter(torch.nn.Module):
         with get_cuda_rng_tracker().fork(stream):
             return F.dropout(x, self.setting.dropout)
 
+    def narrow(self, x: Tensor, stream: str) -> Tensor:
+        """Return the inputs through every A and scaled, side by side: [..., sum of ranks].
+
+        One product, unless each projection drops values of its own.
+        """
+        if self.training and self.setting.dropout > 0:
+            parts = [F.linear(self.dropped(x, stream), pair.a) for pair in self.pairs]
+            found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        else:
+            found = F.linear(x, _joined([pair.a for pair in self.pairs]))
+        scales = {pair.scale for pair in self.pairs}
+        if len(scales) == 1:
+            return found * scales.pop()
+        each = [s for pair in self.pairs for s in [pair.scale] * pair.rank]
+        return found * torch.tensor(each, device=found.device, dtype=found.dtype)
+
+    def added(self, out: Tensor, narrow: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """Return the layer's output and what `narrow` adds to it through every B, in one product.
+
+        Args:
+            out: Output of the layer alone, [..., outputs].
+            narrow: As from `narrow`.
+            matrices: B of each projection, [outputs of this rank, rank].
+        """
+        wide = self._side_by_side(matrices)
+        sum_TO = torch.addmm(out.flatten(0, -2), narrow.flatten(0, -2), wide.T)
+        return sum_TO.view_as(out)
+
+    def _side_by_side(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Return one B, [outputs, sum of ranks]: a row is zero beyond its projection's columns."""
+        total = sum(b.shape[1] for b in matrices)
+        rows, before = [], 0
+        for b in matrices:
+            rows.append(
+                F.pad(b, (before, total - before - b.shape[1])) if total > b.shape[1] else b
+            )
+            before += b.shape[1]
+        if self.order is None:
+            return _joined(rows)
+        return torch.cat((*rows, rows[0].new_zeros(1, total))).index_select(0, self.order)
+
     def arranged(self, parts: list[Tensor]) -> Tensor:
         """Return the projections' outputs as channels of the layer."""
         if self.order is None:
@@ -107,28 +148,26 @@ class Adapter(torch.nn.Module):
         return found
 
 
+def _joined(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
 class ColumnAdapter(Adapter):
     """Of a layer whose ranks have some of the outputs each."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output: [T, 1, outputs] from [T, 1, inputs].
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the adapters': [T, 1, outputs] from [T, 1, inputs].
 
         Under sequence parallelism x has this rank's tokens and the output all of them.
         """
-        setting, found = self.setting, self.matrices()
+        setting = self.setting
         scattered = setting.sequence_parallel and setting.several
-        stream = APART if scattered else ALIKE
-        narrow = torch.cat([F.linear(self.dropped(x, stream), a) for a, _, _ in found], -1)
+        narrow = self.narrow(x, APART if scattered else ALIKE)
         if scattered:
             narrow = gather_from_sequence_parallel_region(narrow, True, group=setting.group)
         elif setting.several:
             narrow = copy_to_tensor_model_parallel_region(narrow, group=setting.group)
-        parts = torch.split(narrow, [a.shape[0] for a, _, _ in found], -1)
-        wide = [
-            F.linear(h, self._mine(pair)) * pair.scale
-            for h, pair in zip(parts, self.pairs, strict=True)
-        ]
-        return self.arranged(wide)
+        return self.added(out, narrow, [self._mine(pair) for pair in self.pairs])
 
     def _mine(self, pair: Pair) -> Tensor:
         """Return this rank's rows of B; where all ranks hold it, its gradient is summed."""
@@ -142,11 +181,10 @@ class ColumnAdapter(Adapter):
 class RowAdapter(Adapter):
     """Of a layer whose ranks have some of the inputs each and add up their outputs."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output, of all tokens or of this rank's."""
-        setting, found = self.setting, self.matrices()
-        stream = APART if setting.several else ALIKE
-        narrow = torch.cat([F.linear(self.dropped(x, stream), a) for a, _, _ in found], -1)
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the adapters', of all tokens or of this rank's."""
+        setting = self.setting
+        narrow = self.narrow(x, APART if setting.several else ALIKE)
         if setting.several:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region
@@ -154,21 +192,17 @@ class RowAdapter(Adapter):
                 else reduce_from_tensor_model_parallel_region
             )
             narrow = reduce(narrow, group=setting.group)
-        parts = torch.split(narrow, [a.shape[0] for a, _, _ in found], -1)
-        wide = [F.linear(h, b) * s for h, (_, b, s) in zip(parts, found, strict=True)]
-        return self.arranged(wide)
+        return self.added(out, narrow, [pair.b for pair in self.pairs])
 
 
 class WholeAdapter(Adapter):
     """Of a layer that every rank has whole and that sees the rank's own tokens."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output of the same tokens."""
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output of the same tokens with the adapters'."""
         scattered = self.setting.sequence_parallel and self.setting.several
-        stream = APART if scattered else ALIKE
-        found = self.matrices()
-        parts = [F.linear(F.linear(self.dropped(x, stream), a), b) * s for a, b, s in found]
-        return self.arranged(parts)
+        narrow = self.narrow(x, APART if scattered else ALIKE)
+        return self.added(out, narrow, [pair.b for pair in self.pairs])
 
 
 class EmbeddingAdapter(Adapter):
@@ -228,5 +262,5 @@ class ExpertsAdapter(Adapter):
                     a = copy_to_tensor_model_parallel_region(a, group=self.setting.group)
             stream = APART if pair.projection.split == 1 and self.setting.several else EXPERTS
             narrow = grouped_product(self.dropped(x_TI, stream), a, counts)
-            parts.append(grouped_product(narrow, b, counts) * scale)
+            parts.append(grouped_product(narrow * scale, b, counts))
         return self.arranged(parts)
