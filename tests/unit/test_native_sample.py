@@ -113,10 +113,29 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert tokens.tolist() == [0, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(50, 0.9), (50, 1.0), (0, 0.9), (1500, 0.7), (3, 0.01), (50, 0.999)]
+)
+def test_a_large_vocabulary_is_filtered_as_transformers_does(top_k, top_p):
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(top_k)) * 4
+    sampling = Sampling(max_tokens=1, temperature=0.9, top_k=top_k, top_p=top_p)
+    other = Sampling(max_tokens=1, temperature=0.9, top_k=40, top_p=0.95)
+    alone = filtered(logits / 0.9, Choice.of([sampling], 3000, CPU)).softmax(-1)
+    mixed = filtered(logits / 0.9, Choice.of([sampling, other] * 10, 3000, CPU)).softmax(-1)
+    for i, row in enumerate(logits):
+        expected = reference(sampling, torch.zeros(0, dtype=torch.long), row)
+        assert (alone[i] - expected).abs().max() < 1e-6
+        if i % 2:
+            expected = reference(other, torch.zeros(0, dtype=torch.long), row)
+        assert (mixed[i] - expected).abs().max() < 1e-6
+
+
 def test_ties_at_the_edge_are_kept():
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
     kept = filtered(scores, Choice.of([Sampling(max_tokens=1, top_k=1)], 4, CPU))
     assert (kept[0] > -1).tolist() == [False, True, True, False]
+    both = Choice.of([Sampling(max_tokens=1, top_k=2, top_p=0.3)], 4, CPU)
+    assert (filtered(scores, both)[0] > -1).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("vocab", [BLOCK, 5 * BLOCK, 5 * BLOCK + 3, 7])

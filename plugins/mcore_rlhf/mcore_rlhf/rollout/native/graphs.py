@@ -23,6 +23,8 @@ def refusal(plan: "ModelPlan", forward: "Forward", device: torch.device) -> str 
         return "there is no GPU"
     if layout.pp > 1:
         return "pipeline stages wait for each other"
+    if layout.sp:
+        return "megatron sets the random state of dropout in each pass"
     if layout.tp > 1 and dist.get_backend(forward.tp_group) != "nccl":
         return "tensor-parallel ranks talk through the host"
     if config.fp8:

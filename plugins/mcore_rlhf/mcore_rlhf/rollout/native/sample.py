@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _GOLDEN, _FIRST, _SECOND = (
     n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
+MOST_SORTED = 1024
+"""With a top_k up to this, only so many scores are put in order."""
+TIES = 32
+"""Tokens as likely as the last one of top_k that top_p counts."""
 BLOCK = 128
 """Tokens whose probabilities are summed before they are looked at one by one."""
 
@@ -97,18 +101,41 @@ class Choice:
 
 
 def filtered(scores_NV: Tensor, choice: Choice) -> Tensor:
-    """Return the scores with what top_k, then top_p leave out at minus infinity."""
+    """Return the scores with what top_k, then top_p leave out at minus infinity.
+
+    Tokens as likely as the last one that is kept are kept, too.
+    """
+    top_p_N1, vocab = choice.top_p_N1, scores_NV.shape[-1]
+    if choice.top_k_N1 is not None and choice.largest_k <= MOST_SORTED:
+        few = min(vocab, choice.largest_k + (0 if top_p_N1 is None else TIES))
+        best_NM = scores_NV.topk(few, dim=-1).values
+        least_N1 = best_NM.gather(-1, choice.top_k_N1.expand(len(scores_NV), 1) - 1)
+        if top_p_N1 is not None:
+            best_NM = best_NM.masked_fill(best_NM < least_N1, float("-inf"))
+            least_N1 = torch.maximum(least_N1, _nucleus(best_NM, top_p_N1))
+        return scores_NV.masked_fill(scores_NV < least_N1, float("-inf"))
+    if choice.top_k_N1 is None and top_p_N1 is None:
+        return scores_NV
+    best_NV = scores_NV.sort(dim=-1, descending=True).values
     if choice.top_k_N1 is not None:
-        top_k_N1 = choice.top_k_N1.expand(len(scores_NV), 1)
-        best = scores_NV.topk(choice.largest_k, dim=-1).values.gather(-1, top_k_N1 - 1)
-        scores_NV = scores_NV.masked_fill(scores_NV < best, float("-inf"))
-    if choice.top_p_N1 is not None:
-        ascending, order = scores_NV.sort(dim=-1)
-        below = ascending.softmax(-1).cumsum(-1)
-        out = below <= 1 - choice.top_p_N1
-        out[..., -1] = False
-        scores_NV = scores_NV.masked_fill(out.scatter(-1, order, out), float("-inf"))
+        least_N1 = best_NV.gather(-1, choice.top_k_N1.expand(len(scores_NV), 1) - 1)
+        best_NV = best_NV.masked_fill(best_NV < least_N1, float("-inf"))
+        scores_NV = scores_NV.masked_fill(scores_NV < least_N1, float("-inf"))
+    if top_p_N1 is not None:
+        least_N1 = _nucleus(best_NV, top_p_N1)
+        scores_NV = scores_NV.masked_fill(scores_NV < least_N1, float("-inf"))
     return scores_NV
+
+
+def _nucleus(best_NM: Tensor, top_p_N1: Tensor) -> Tensor:
+    """Return the least score that top_p keeps, [N, 1], of scores in descending order.
+
+    A score is kept if those before it have less than top_p of the probability.
+    """
+    probs_NM = best_NM.softmax(-1)
+    before_NM = probs_NM.cumsum(-1) - probs_NM
+    kept_NM = (before_NM < top_p_N1) | (top_p_N1 >= 1)
+    return best_NM.masked_fill(~kept_NM, float("inf")).amin(-1, keepdim=True)
 
 
 def sample(

@@ -86,7 +86,7 @@ class Steps:
         Returns:
             Tokens and their log-probabilities, each [K, N]. A slot's tokens go on after its end.
         """
-        self._fit(size.rows)
+        self._fit(max(size.rows, state.slots))
         self._upload(slots, size.rows)
         choice = self._hold(choice, size.wanted)
         kinds = (choice.all_greedy, choice.largest_k, *choice.tensors)
