@@ -8,7 +8,7 @@ D head size.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from mcore_core.model.packed import PackedRow
+
+_FLASH: Any = torch.ops.aten._flash_attention_forward
+"""The kernel of `scaled_dot_product_attention` and `varlen_attn`, with all that it takes."""
 
 type Place = tuple[str, int]
 """What is kept ("kv", "conv", "recurrent"), and of which HF layer."""
@@ -202,7 +205,7 @@ def _by_kernel(
         for x in kept
     )
     starts, begins, used_N = _lengths(row, groups * capacity)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+    out, lse, *_ = _FLASH(
         query.contiguous(),
         key,
         value,
