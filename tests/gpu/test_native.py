@@ -143,6 +143,27 @@ def test_recorded_steps_equal_plain_ones(tmp_path, groups, name):
         assert all(same)
 
 
+def test_a_step_that_cannot_be_recorded_runs_all_the_same(caplog):
+    from mcore_rlhf.rollout.native.graphs import Graphs
+
+    value = torch.ones(1, device="cuda")
+    graphs = Graphs(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(4):
+        graphs.run("fetches", lambda: value.add_(float(value)))
+    assert float(value) == 16
+    assert len(graphs) == 0
+    assert len(caplog.records) == 1
+    torch.manual_seed(1)
+    drawn = torch.rand(4, device="cuda")
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(4, device="cuda"))
+    other = Graphs(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(4):
+        other.run("works", lambda: value.mul_(2))
+    assert float(value) == 256
+    assert len(other) == 1
+
+
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("heads", "groups_", "size"), [(16, 8, 128), (4, 4, 64), (8, 1, 256)])

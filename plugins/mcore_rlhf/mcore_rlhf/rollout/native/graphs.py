@@ -89,7 +89,20 @@ class Graphs:
         except Exception as error:
             self._works = False
             torch.cuda.synchronize()
-            _LOG.warning("decode steps run without CUDA graphs: %s", str(error).splitlines()[0])
+            _renew_random_state(self._stream.device)
+            cause = str(error.__context__ or error).partition("\n")[0]
+            _LOG.warning("decode steps run without CUDA graphs: %s", cause)
             return
         torch.cuda.current_stream().wait_stream(self._stream)
         self._graphs[key] = graph
+
+
+def _renew_random_state(device: torch.device) -> None:
+    """Give the device's generator a state of the same values.
+
+    A recording that fails leaves the old one marked as being recorded: it would draw no more.
+    """
+    generator = torch.cuda.default_generators[device.index or 0]
+    fresh = torch.Generator(device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
