@@ -17,6 +17,8 @@ from mcore_core.errors import usage_error
 STATE = "mcore"
 """Folder of the torch_dist state inside a checkpoint."""
 TRAINING = "training.json"
+DIVIDED = "distributed_optimizer"
+"""Key in training.json: whether the state is that of megatron's distributed optimizer."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _PARTIAL = ".partial-checkpoint-"
 _DOOMED = ".deleting-checkpoint-"

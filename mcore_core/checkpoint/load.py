@@ -12,8 +12,15 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mcore_core.checkpoint.folders import Checkpoint
-from mcore_core.checkpoint.state import Trainable, chunk_key, set_rng_state, sharded_state, trained
+from mcore_core.checkpoint.folders import DIVIDED, Checkpoint
+from mcore_core.checkpoint.state import (
+    Trainable,
+    chunk_key,
+    divides_state,
+    set_rng_state,
+    sharded_state,
+    trained,
+)
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.names import unwrap
@@ -45,6 +52,8 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
             f"{checkpoint.path} was saved with --no_save_optim: training cannot resume exactly",
             "fix: --no_load_optim starts with a fresh optimizer, --finetune also at step 0",
         )
+    if wants_optimizer:
+        _check_same_kind(run, checkpoint)
     wants_rng = (
         not (options.no_load_rng or options.finetune)
         and checkpoint.training.get("has_rng", True)
@@ -71,6 +80,20 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
     if wants_rng:
         set_rng_state(state["rng"])
     return Loaded(state.get("common", {}), wants_optimizer, wants_rng)
+
+
+def _check_same_kind(run: Trainable, checkpoint: Checkpoint) -> None:
+    """Raise UsageError where the optimizer's state was laid out by the other kind of optimizer."""
+    divided = divides_state(run.optimizer)
+    was = checkpoint.training.get(DIVIDED, divided)
+    if was != divided:
+        flag = f"--use_distributed_optimizer {str(was).lower()}"
+        raise usage_error(
+            "MC709",
+            f"{checkpoint.path} was saved with {flag}: this run's optimizer cannot read its state",
+            f"fix: {flag} (every size of the layout may change), or --no_load_optim, which starts "
+            "with a fresh optimizer",
+        )
 
 
 def _cause(error: BaseException) -> str:

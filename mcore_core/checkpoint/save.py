@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_core.checkpoint import folders
-from mcore_core.checkpoint.state import Trainable, gather_weights, metadata, sharded_state
+from mcore_core.checkpoint.state import (
+    Trainable,
+    divides_state,
+    gather_weights,
+    metadata,
+    sharded_state,
+)
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.errors import UsageError, usage_error
 
@@ -85,6 +91,8 @@ class Saver:
                 contents.write_model(partial_dir)
             request = self._write_state(run, contents, partial_dir / folders.STATE)
         self.last_step = contents.step
+        divided = {folders.DIVIDED: divides_state(run.optimizer)}
+        contents = replace(contents, training={**divided, **contents.training})
         complete = partial(self._complete, contents, partial_dir, begin)
         if request is None:
             complete()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mcore_core.model.names import unwrap
 
@@ -81,6 +82,12 @@ def sharded_state(
     if rng:
         state["rng"] = _rng_object(run.layout)
     return state
+
+
+def divides_state(optimizer: Any) -> bool:  # noqa: ANN401
+    """Return whether an optimizer is megatron's distributed one, which lays its state out anew."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return any(isinstance(part, DistributedOptimizer) for part in parts)
 
 
 def trained(chunk: Any) -> set[str]:  # noqa: ANN401
