@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.export import ExportConfig
+from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.hf_head import write_head
+from mcore_core.model.resolve import read_hf_config
 
 if TYPE_CHECKING:
+    from mcore_core.checkpoint.folders import Checkpoint
     from mcore_core.cli.prepared import PreparedExport
     from mcore_core.model.build import ModelPlan
     from mcore_core.platform.base import Platform
@@ -28,13 +31,15 @@ def convert(prepared: "PreparedExport") -> None:
     config = prepared.config
     target = Path(config[CheckpointConfig].save or "").expanduser()
     _check_target(target, exist_ok=config[ExportConfig].exist_ok)
+    trained = _trained_folder(prepared)
     prepared = _with_model(_with_adapter(prepared))
-    source = _source(prepared)
+    source = _source(prepared, trained)
     platform = begin(prepared, source)
     from mcore_core.parallel.state import shut_down  # noqa: PLC0415
     from mcore_core.train.build import build_model, model_plan  # noqa: PLC0415
     from mcore_core.train.session import bridge_of  # noqa: PLC0415
 
+    source, tokenizer = _with_tokens(prepared, source, trained)
     plan = model_plan(source, prepared.config, platform, max_length=None)
     chunks = build_model(plan, prepared.config, on_cpu=platform.name == "cpu", initialize=False)
     bridge = bridge_of(prepared)(source.family, source.architecture)
@@ -45,7 +50,7 @@ def convert(prepared: "PreparedExport") -> None:
     if tuner.partial and prepared.config[WeightsConfig].merge_lora:
         tuner.absorb(chunks)
     elif tuner.partial:
-        _write_adapter(prepared, source, chunks, tuner, target)
+        _write_adapter(prepared, source, chunks, tuner, target, tokenizer=tokenizer)
         _say(f"wrote {target}")
         shut_down()
         return
@@ -56,10 +61,11 @@ def convert(prepared: "PreparedExport") -> None:
             target,
             max_shard_size=config[WeightsConfig].max_shard_bytes,
             source=source.path,
-            config=write_head(source.architecture, source.hf_config),
+            config=_config_changes(source),
         )
+        _write_tokenizer(target, tokenizer)
     else:
-        _save_state(prepared, source, chunks, target)
+        _save_state(prepared, source, chunks, target, tokenizer=tokenizer)
     _say(f"wrote {target}")
     if config[ExportConfig].test_convert_precision:
         if config[ExportConfig].to_mcore:
@@ -88,12 +94,15 @@ def _write_adapter(
     chunks: list[Any],
     tuner: "Tuner",
     target: Path,
+    *,
+    tokenizer: Any,  # noqa: ANN401
 ) -> None:
     """Write the adapter alone, in PEFT's format or as a checkpoint for `--adapter_load`."""
     if prepared.config[ExportConfig].to_hf:
         tuner.export(chunks, target)
+        _write_tokenizer(target, tokenizer)
     else:
-        _save_state(prepared, source, chunks, target, tuner=tuner)
+        _save_state(prepared, source, chunks, target, tuner=tuner, tokenizer=tokenizer)
 
 
 def _with_adapter(prepared: "PreparedExport") -> "PreparedExport":
@@ -166,21 +175,59 @@ def _test_precision(
     precision.require(report)
 
 
-def _source(prepared: "PreparedExport") -> "ModelSource":
-    """Return the model with the head that the checkpoint to export was trained with."""
+def _trained_folder(prepared: "PreparedExport") -> "Checkpoint | None":
+    """Return the checkpoint of a run that is exported, also where it is named as an adapter."""
+    from mcore_core.checkpoint import folders  # noqa: PLC0415
+
+    load = prepared.config[CheckpointConfig].load
+    if load is not None:
+        return folders.require(Path(load).expanduser())
+    given = prepared.config[WeightsConfig].adapters
+    return folders.find(Path(given[0]).expanduser()) if given else None
+
+
+def _source(prepared: "PreparedExport", trained: "Checkpoint | None") -> "ModelSource":
+    """Return the model with the head and the vocabulary that the checkpoint was trained with."""
     import dataclasses  # noqa: PLC0415
 
-    from mcore_core.checkpoint import folders  # noqa: PLC0415
     from mcore_core.cli.execute import source_of  # noqa: PLC0415  (it imports this module)
+    from mcore_core.data.new_tokens import Growth  # noqa: PLC0415
 
-    source, load = source_of(prepared), prepared.config[CheckpointConfig].load
-    if load is None:
-        return source
-    trained = folders.require(Path(load).expanduser()).training.get("architecture", {})
-    changes = {k: trained[k] for k in ("head", "scores", "mtp_layers") if k in trained}
-    return dataclasses.replace(
-        source, architecture=dataclasses.replace(source.architecture, **changes)
-    )
+    source = source_of(prepared)
+    shape: dict[str, Any] = {} if trained is None else trained.training.get("architecture", {})
+    if prepared.config[CheckpointConfig].load is not None:
+        changes = {k: shape[k] for k in ("head", "scores", "mtp_layers") if k in shape}
+        architecture = dataclasses.replace(source.architecture, **changes)
+        source = dataclasses.replace(source, architecture=architecture)
+    rows, more = source.architecture.vocab_size, shape.get("vocab_size", 0)
+    return source.grown(Growth(rows, rows, rows, more)) if more > rows else source
+
+
+def _with_tokens(
+    prepared: "PreparedExport", source: "ModelSource", trained: "Checkpoint | None"
+) -> "tuple[ModelSource, Any]":
+    """Return the model with the new tokens, and the tokenizer that has them; None: as it is."""
+    from mcore_core.train.tokenizer import load_tokenizer, with_new_tokens  # noqa: PLC0415
+
+    if source.growth is not None:
+        assert trained is not None
+        return source, load_tokenizer(trained.path)
+    if not prepared.config[TrainConfig].new_special_tokens:
+        return source, None
+    tokenizer = load_tokenizer(source.path)
+    return with_new_tokens(source, prepared.config, tokenizer), tokenizer
+
+
+def _write_tokenizer(target: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    from mcore_core.train.exports import write_tokenizer  # noqa: PLC0415
+
+    if tokenizer is not None and _is_main():
+        write_tokenizer(target, tokenizer)
+
+
+def _config_changes(source: "ModelSource") -> dict[str, Any]:
+    changes = write_head(source.architecture, source.hf_config)
+    return changes if source.growth is None else changes | {"vocab_size": source.growth.rows}
 
 
 def _with_model(prepared: "PreparedExport") -> "PreparedExport":
@@ -208,7 +255,9 @@ def _load(
 ) -> None:
     options = prepared.config[CheckpointConfig]
     if options.load is None:
-        bridge.load(chunks, source.path)
+        from mcore_core.train.grow import load_weights  # noqa: PLC0415  (megatron)
+
+        load_weights(chunks, source, type(bridge))
         return
     from mcore_core.checkpoint import folders  # noqa: PLC0415  (megatron)
     from mcore_core.checkpoint.load import load  # noqa: PLC0415
@@ -226,6 +275,7 @@ def _save_state(
     target: Path,
     *,
     tuner: "Tuner | None" = None,
+    tokenizer: Any = None,  # noqa: ANN401
 ) -> None:
     """Write a checkpoint of the model, or of what a tuner has added to it."""
     from mcore_core.checkpoint.save import Contents, Saver  # noqa: PLC0415  (megatron)
@@ -249,6 +299,10 @@ def _save_state(
         for name in ("config.json", "generation_config.json"):
             if _is_main() and (source.path / name).is_file():
                 shutil.copy(source.path / name, folder / name)
+        if _is_main() and source.growth is not None:
+            config = read_hf_config(folder) | {"vocab_size": source.growth.rows}
+            (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        _write_tokenizer(folder, tokenizer)
 
     contents = Contents(step=0, training=training, common={}, write_model=copy_config)
     target.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import Problem, UsageError
 
@@ -22,7 +23,7 @@ def check_files(prepared: "PreparedExport", source: "ModelSource") -> None:
         UsageError: Every problem found.
     """
     config = prepared.config
-    problems = [*_data(prepared), *_folder(config)]
+    problems = [*_data(prepared), *_folder(config), *_tokens(config)]
     if (
         config[CheckpointConfig].load is None
         and config[WeightsConfig].load_safetensors is not False
@@ -44,6 +45,16 @@ def _data(prepared: "PreparedExport") -> Iterator[Problem]:
     for option in ("dataset", "val_dataset"):
         for text in prepared.config.get(option):
             yield from check_reference(text, loaders=loaders)
+
+
+def _tokens(config: "RunConfig") -> list[Problem]:
+    from mcore_core.data.new_tokens import read_new_tokens  # noqa: PLC0415  (a run only)
+
+    try:
+        read_new_tokens(config[TrainConfig].new_special_tokens)
+    except UsageError as error:
+        return list(error.problems)
+    return []
 
 
 def _folder(config: "RunConfig") -> Iterator[Problem]:

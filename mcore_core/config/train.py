@@ -67,6 +67,10 @@ class TrainConfig(ConfigGroup):
     """Divide the loss by the tokens of the global batch (true) or average over samples (false).
     none: as the recipe does."""
 
+    new_special_tokens: list[str] = Field(default_factory=list)
+    """Special tokens to add to the tokenizer and the model, or the path of a .txt file with one a
+    line. They start as the mean of the embeddings there are."""
+
     deterministic_mode: bool = False
     """Use only kernels that give the same bits each time; slower on a GPU."""
     seed: int = Field(42, ge=0)

@@ -21,9 +21,22 @@ def export_config(
     transformers scores no batch.
     """
     entries = write_head(source.architecture, source.hf_config)
+    if source.growth is not None:
+        entries["vocab_size"] = source.architecture.vocab_size
     if source.architecture.head == "scores":
         entries["pad_token_id"] = padding(source.hf_config.get("pad_token_id"), tokenizer)
     return entries | dict(getattr(recipe, "export_config", {}))
+
+
+STALE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
+"""Files of a tokenizer that say less than tokenizer.json once it has more tokens."""
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    """Write a tokenizer with new tokens over what a folder has of its model's."""
+    for name in STALE:
+        (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
 
 
 def padding(configured: int | None, tokenizer: Any) -> int | None:  # noqa: ANN401

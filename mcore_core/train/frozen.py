@@ -20,6 +20,7 @@ from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_mod
 from mcore_core.parallel.stages import layers_per_stage
 from mcore_core.protocols import FrozenModel, TunerContext
 from mcore_core.train.build import build_model, model_plan
+from mcore_core.train.grow import load_weights
 from mcore_core.train.offload import HostWeights
 from mcore_core.train.plan import ModelSource
 from mcore_core.train.scoring import ScoredModel
@@ -158,7 +159,7 @@ def _build(
     if tuner is not None:
         tuner.apply(chunks)
     if wanted.load is None:
-        bridge.load(chunks, source.path)
+        load_weights(chunks, source, bridge_class)
     else:
         found = checkpoints.require(Path(wanted.load).expanduser())
         only_weights = {"no_load_optim": True, "no_load_rng": True, "finetune": True}

@@ -24,7 +24,7 @@ from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.parallel.reduce import any_rank, from_last_stage
-from mcore_core.train.exports import export_config, write_files
+from mcore_core.train.exports import export_config, write_files, write_tokenizer
 from mcore_core.train.facts import params_norm
 from mcore_core.train.flops import step_flops
 from mcore_core.train.services import RunServices
@@ -223,6 +223,8 @@ def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> 
         )
         if run.is_main:
             write_files(folder, session.recipe)
+    if run.is_main and run.config[TrainConfig].new_special_tokens:
+        write_tokenizer(folder, session.template.tokenizer)
     dist.barrier()
 
 
@@ -246,6 +248,8 @@ def _write_merged(session: Session, max_shard: int) -> None:
         )
     if run.is_main:
         write_files(unfinished, session.recipe)
+        if run.config[TrainConfig].new_special_tokens:
+            write_tokenizer(unfinished, session.template.tokenizer)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
 

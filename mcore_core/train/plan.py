@@ -18,6 +18,7 @@ from mcore_core.parallel.stages import layers_per_stage
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
+    from mcore_core.data.new_tokens import Growth
     from mcore_core.manager import PluginManager
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Family
@@ -35,6 +36,22 @@ class ModelSource:
     architecture: "Architecture"
     layout: "Layout"
     stage_layers: tuple[int, ...]
+    growth: "Growth | None" = None
+    """How the vocabulary grows beyond that of the files."""
+
+    @property
+    def in_files(self) -> "Architecture":
+        """The architecture of what the files hold."""
+        if self.growth is None:
+            return self.architecture
+        return replace(self.architecture, vocab_size=self.growth.file_rows)
+
+    def grown(self, growth: "Growth | None") -> "ModelSource":
+        """Return the source of a model with more tokens than its files have."""
+        if growth is None:
+            return self
+        architecture = replace(self.architecture, vocab_size=growth.rows)
+        return replace(self, architecture=architecture, growth=growth)
 
     @property
     def name(self) -> str:

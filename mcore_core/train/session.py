@@ -37,6 +37,7 @@ from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, data_facts, environment
 from mcore_core.train.frozen import build_frozen, largest_vocabulary
+from mcore_core.train.grow import check_new_rows, load_weights
 from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import (
     build_optimizer,
@@ -48,6 +49,7 @@ from mcore_core.train.scoring import ScoredModel
 from mcore_core.train.services import RunServices, build_services
 from mcore_core.train.step import Stepper
 from mcore_core.train.stepping import Models
+from mcore_core.train.tokenizer import load_tokenizer, with_new_tokens
 from mcore_core.train.tuning import build_tuner, check_same_tuner
 
 if TYPE_CHECKING:
@@ -102,8 +104,10 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         environment=environment(platform),
     )
     build_recipe: Any = prepared.recipe.load()
+    tokenizer = load_tokenizer(source.path)
+    source = with_new_tokens(source, config, tokenizer)
     template = Template(
-        load_tokenizer(source.path),
+        tokenizer,
         config[TemplateConfig],
         max_length=source.architecture.max_position_embeddings,
         splits=getattr(build_recipe, "splits", False),
@@ -154,8 +158,9 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         initialize=not (filled and config[CheckpointConfig].no_initialization),
     )
     tuner.apply(bare)
+    check_new_rows(bare, source, platform.device())
     if reads:
-        bridge.load(bare, source.path)
+        load_weights(bare, source, bridge_of(prepared))
     tuner.load(bare)
     chunks = wrap(bare, config)
     optimizer = prepared.manager.hook.mcore_build_optimizer(run=run, chunks=chunks)
@@ -259,22 +264,6 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     )
 
 
-def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
-    """Return the model's tokenizer."""
-    from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-        raise usage_error(
-            "MC515",
-            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}",
-            f"found: {found}",
-            "fix: copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        ) from error
-
-
 def bridge_of(prepared: "PreparedExport") -> Any:  # noqa: ANN401
     """Return the class that moves weights between Hugging Face files and the model."""
     component: Component[Any] | None = prepared.manager.hook.mcore_build_bridge(
@@ -347,7 +336,8 @@ def _resume_from(config: "RunConfig", source: ModelSource) -> "checkpoints.Check
             "MC706",
             f"{found.path} is a checkpoint of another model",
             *(f"{k}: {have.get(k)} there, {want[k]} in --model" for k in differ[:6]),
-            "fix: --model with the model that the run was started from",
+            "fix: --model with the model that the run was started from"
+            + (", and its --new_special_tokens" if differ == ["vocab_size"] else ""),
         )
     return found
 

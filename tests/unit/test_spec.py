@@ -37,7 +37,6 @@ LATER = {
     # with the tasks and losses of sft
     "enable_dft_loss",
     "enable_channel_loss",
-    "new_special_tokens",
     "task_type",
     "num_labels",
     "problem_type",
