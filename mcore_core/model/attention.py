@@ -1,9 +1,9 @@
 """Core attention in plain torch: packed rows, GQA, windows, sinks, context parallelism.
 
-On the CPU one `scaled_dot_product_attention` a segment; on CUDA in half precision one call of
-`torch.nn.attention.varlen.varlen_attn` (the FlashAttention kernel inside torch). Keys and values
-are all-gathered once over the context-parallel group (their gradients reduce-scattered): no ring
-and no merging of partial softmaxes.
+On the CPU one `scaled_dot_product_attention` for all segments of about the same length; on CUDA in
+half precision one call of `torch.nn.attention.varlen.varlen_attn` (the FlashAttention kernel inside
+torch). Keys and values are all-gathered once over the context-parallel group (their gradients
+reduce-scattered): no ring and no merging of partial softmaxes.
 """
 
 import math
@@ -129,7 +129,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if self._use_varlen(query):
             out = self._varlen(query, key, value, row, cp)
         else:
-            out = self._by_segment(query, key, value, row.segments(self.cp_group.rank(), cp))
+            out = self._by_segment(query, key, value, row, cp)
         return out.reshape(out.shape[0], -1)
 
     def _dropout(self) -> float:
@@ -169,24 +169,35 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         assert isinstance(out, Tensor)
         return out[..., :size]
 
-    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment]) -> Tensor:
-        def rows(x: Tensor, start: int, length: int) -> Tensor:
-            return x[start : start + length].transpose(0, 1).unsqueeze(0)
-
+    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow, cp: int) -> Tensor:
+        segments = row.segments(self.cp_group.rank(), cp)
+        batches = row.batches(self.cp_group.rank(), cp) if len(segments) > 1 else None
+        if batches is None:
+            parts = [
+                self._sdpa(
+                    *(x.transpose(0, 1).unsqueeze(0) for x in (query, *_keys(k, v, segment)))
+                )
+                .squeeze(0)
+                .transpose(0, 1)
+                for query, segment in zip(
+                    q.split([s.q_len for s in segments]), segments, strict=True
+                )
+            ]
+            return torch.cat(parts)
+        sizes = [number * length for number, length in batches.shapes]
+        spread = (batches.spread(x).split(sizes) for x in (q, k, v))
         parts = [
             self._sdpa(
-                rows(q, s.q_start, s.q_len),
-                rows(k, s.k_start, s.k_len),
-                rows(v, s.k_start, s.k_len),
+                *(x.unflatten(0, (number, length)).transpose(1, 2) for x in (query, key, value))
             )
-            .squeeze(0)
-            .transpose(0, 1)
-            for s in segments
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for (number, length), query, key, value in zip(batches.shapes, *spread, strict=True)
         ]
-        return torch.cat(parts)
+        return batches.collect(torch.cat(parts))
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend; q [1, heads, queries, size], k and v [1, groups, keys, size]."""
+        """Attend; q [B, heads, queries, size], k and v [B, groups, keys, size]."""
         queries, keys = q.shape[2], k.shape[2]
         square = queries == keys and (self.window is None or self.window >= keys - 1)
         allowed = None
@@ -226,7 +237,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         assert allowed is not None
         scores = scores.masked_fill(~allowed, float("-inf"))
-        sinks = self.softmax_offset.float().view(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)
+        sinks = self.softmax_offset.float().view(1, -1, 1, 1).expand(len(q), -1, scores.shape[2], 1)
         weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1].to(v.dtype)
         return torch.matmul(F.dropout(weights, dropout) if dropout else weights, v)
 
@@ -247,3 +258,9 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
         return state
+
+
+def _keys(key: Tensor, value: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that a segment sees."""
+    start, length = segment.k_start, segment.k_len
+    return key.narrow(0, start, length), value.narrow(0, start, length)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from mcore_core.model.padded import Batches, batches_of
+
 if TYPE_CHECKING:
     from mcore_core.model.decode import Kept
 
@@ -119,6 +121,16 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
         if "segments" not in self.cache:
             self.cache["segments"] = segments_of(self.cu, cp_rank, cp_size)
         found: list[Segment] = self.cache["segments"]
+        return found
+
+    def batches(self, cp_rank: int, cp_size: int) -> Batches | None:
+        """Return the segments as batches, computed once a row; None where they overlap."""
+        if "batches" not in self.cache:
+            assert self.positions_T is not None
+            self.cache["batches"] = batches_of(
+                self.segments(cp_rank, cp_size), self.positions_T.device
+            )
+        found: Batches | None = self.cache["batches"]
         return found
 
     def key_order(self, cp_size: int) -> Tensor:
