@@ -180,12 +180,12 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
                 .squeeze(0)
                 .transpose(0, 1)
                 for query, segment in zip(
-                    q.split([s.q_len for s in segments]), segments, strict=True
+                    torch.split(q, [s.q_len for s in segments]), segments, strict=True
                 )
             ]
             return torch.cat(parts)
         sizes = [number * length for number, length in batches.shapes]
-        spread = (batches.spread(x).split(sizes) for x in (q, k, v))
+        spread = (torch.split(batches.spread(x), sizes) for x in (q, k, v))
         parts = [
             self._sdpa(
                 *(x.unflatten(0, (number, length)).transpose(1, 2) for x in (query, key, value))

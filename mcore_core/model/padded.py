@@ -36,7 +36,7 @@ class Batches:
 
     def spread(self, values: Tensor) -> Tensor:
         """Return [T, ...] at the places of the batches, [places, ...]."""
-        found: Tensor = _Gather.apply(values, self.index, self.inverse_T)
+        found: Tensor = _Gather.apply(values, self.index, self.inverse_T)  # type: ignore[no-untyped-call]
         return found
 
     def collect(self, values: Tensor) -> Tensor:
