@@ -63,6 +63,9 @@ class Batch:
     """How much each target counts, float32; 0 where nothing trains. Shifted as targets_T is."""
     lengths: tuple[int, ...]
     """Tokens of each sequence, in order; they sum to T."""
+    routing_TLK: "Tensor | None" = None
+    """Experts that each token goes to in each decoder layer that has some, int16; -1: the router
+    chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

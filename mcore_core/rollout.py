@@ -67,6 +67,9 @@ class Completion:
     stop: Literal["stop", "length", "cancelled"]
     trainable: "NDArray[np.bool_]"
     """True for what the model wrote; all of it, from an engine."""
+    routing: "NDArray[np.int16] | None" = None
+    """Experts that each token of prompt and completion went to in each decoder layer with experts,
+    [prompt + L, layers, K]; -1 for a token that was not read. Of engines that record it."""
 
 
 class RolloutEngine(Protocol):
@@ -231,6 +234,15 @@ class Services(Protocol):
 
     def blend(self, model: str, alpha: float) -> None:
         """Move the weights of a frozen model towards the policy's: (1 - alpha) of it, alpha."""
+
+    def score_with_routing(
+        self, model: str, units: "list[Unit]"
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16]]]":
+        """Return log-probabilities and entropies, [L] each, and the experts of each token.
+
+        The experts are [L, layers, K]: those that each token of a unit went to in each decoder
+        layer that has experts, in this very pass.
+        """
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Report numbers with the step that is prepared; the same on every rank."""

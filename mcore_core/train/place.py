@@ -114,18 +114,24 @@ def place(
         picked_T[~is_real] = 0
         return picked_T
 
-    local = _map_tokens(batch, gather)
+    routing_TLK = None
+    if batch.routing_TLK is not None:
+        routing_TLK = torch.where(is_real[:, None, None], gather(batch.routing_TLK), -1)
+    local = dataclasses.replace(_map_tokens(batch, gather), routing_TLK=None)
     trained = local.weights_T.nonzero().squeeze(-1)
 
     def move(values: Tensor) -> Tensor:
         # from pinned memory a copy does not wait for what the device still computes
         return (values.pin_memory() if pin_memory else values).to(device, non_blocking=True)
 
+    row = PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0)))
+    if routing_TLK is not None:
+        row.routing_TLK = move(routing_TLK)
     owns_S = torch.zeros(len(real), dtype=torch.bool)
     owns_S[sequence[(position == 0) & is_real]] = True
     return Placed(
         batch=_move(local, move),
-        row=PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0))),
+        row=row,
         reduce=RowReduce(move(sequence), move(owns_S), cp_group, dp_group),
         trained=move(trained),
         source=source,

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mcore_core.model.head import log_probabilities
+from mcore_core.model.moe.replay import RoutingRecorder
 from mcore_core.model.names import unwrap
 from mcore_core.protocols import Batch, Unit
 from mcore_core.train.forward import ForwardStep
@@ -73,6 +74,24 @@ class Scorer:
         self.micro_batch_size = micro_batch_size
         self.forward = ForwardStep(recipe, model.plan)
         self.run = get_forward_backward_func()
+        self.recorder: RoutingRecorder | None = None
+        """Where the pass is to tell which experts tokens go to."""
+        self._taken: dict[int, Tensor] = {}
+
+    def score_with_routing(
+        self, units: Sequence[Unit]
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16]]]":
+        """Return log-probabilities, entropies and the experts of each token, [L, layers, K]."""
+        self.recorder = RoutingRecorder(self.model.chunks)
+        try:
+            with self.recorder.recording():
+                scored = self.score(units, entropy=True)
+            starts = [0, *accumulate(unit["length"] for unit in units)]
+            routing = self._routing
+            parts = [routing[a:b].copy() for a, b in pairwise(starts)]
+            return [(*pair, part) for pair, part in zip(scored, parts, strict=True)]
+        finally:
+            self.recorder = None
 
     def score(
         self, units: Sequence[Unit], *, entropy: bool = False
@@ -90,8 +109,11 @@ class Scorer:
         passes = self._passes(len(batches))
         placed = [self._place(batch) for batch in batches]
         placed += [self._place(_empty()) for _ in range(passes - len(batches))]
+        self._taken.clear()
         found = self._forward(placed, entropy=entropy)
         rows = self._assemble(placed, found)
+        if self.recorder is not None:
+            self._routing = self._assemble_routing(placed, self.recorder)
         starts = [0, *accumulate(unit["length"] for unit in units)]
         flat = rows.cpu().numpy()
         return [(flat[0, a:b].copy(), flat[1, a:b].copy()) for a, b in pairwise(starts)]
@@ -139,6 +161,10 @@ class Scorer:
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         item = next(batches)
         hidden = self.forward.hidden(item, chunk)
+        if self.recorder is not None:
+            part_TLK = self.recorder.take(len(item.source), self.device)
+            before = self._taken.get(id(item))
+            self._taken[id(item)] = part_TLK if before is None else before + part_TLK
 
         def score(output: Tensor, *, non_loss_data: bool = True) -> Tensor:
             hidden_KH = self.forward.whole(output).index_select(0, item.trained)
@@ -173,6 +199,25 @@ class Scorer:
         if pipeline.size() > 1:
             dist.broadcast(rows, dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
         return rows
+
+    def _assemble_routing(
+        self, placed: list[Placed], recorder: RoutingRecorder
+    ) -> "NDArray[np.int16]":
+        """Put what all ranks recorded together, in order, on every rank, [all tokens, L, K]."""
+        starts = [0, *accumulate(item.tokens for item in placed)]
+        rows = torch.zeros(
+            starts[-1], recorder.layers, recorder.topk, dtype=torch.int32, device=self.device
+        )
+        for start, item in zip(starts, placed, strict=False):
+            real = (item.source >= 0).nonzero().squeeze(-1)
+            where = (start + item.source[real]).to(self.device)
+            rows[where] = self._taken[id(item)][real.to(self.device)]
+        self._taken.clear()
+        context = parallel_state.get_context_parallel_group()
+        if context.size() > 1:
+            dist.all_reduce(rows, group=context)
+        whole: NDArray[np.int16] = recorder.combine(rows).to(torch.int16).cpu().numpy()
+        return whole
 
 
 def group_units(units: Sequence[Unit], micro_batch_size: int) -> list[list[Unit]]:

@@ -1,7 +1,7 @@
 """What `Recipe.prepare` is given: the models that score, and the other data-parallel ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,18 @@ class Models:
         Raises:
             KeyError: The recipe did not ask for a model of this name.
         """
+        with self._chosen(name) as scorer:
+            return scorer.score(units, entropy=entropy)
+
+    def score_with_routing(
+        self, name: str, units: "list[Unit]"
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16]]]":
+        """Return log-probabilities, entropies and the experts of each token; collective."""
+        with self._chosen(name) as scorer:
+            return scorer.score_with_routing(units)
+
+    @contextmanager
+    def _chosen(self, name: str) -> Iterator[Scorer]:
         off: AbstractContextManager[None]
         if name in self._scorers:
             scorer, off = self._scorers[name], nullcontext()
@@ -62,7 +74,7 @@ class Models:
         else:
             raise KeyError(f"no model {name!r}: there are {', '.join(self._scorers)}")
         with off:
-            return scorer.score(units, entropy=entropy)
+            yield scorer
 
 
 @dataclass(slots=True)
@@ -143,6 +155,12 @@ class StepView:
     ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32]]]":
         """Return log-probabilities and entropies, [L] of each unit; collective."""
         return self.models.score(model, units, entropy=True)
+
+    def score_with_routing(
+        self, model: str, units: "list[Unit]"
+    ) -> "list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16]]]":
+        """Return log-probabilities, entropies and the experts of each token; collective."""
+        return self.models.score_with_routing(model, units)
 
 
 def flat(micros: Sequence[list["Unit"]]) -> list["Unit"]:

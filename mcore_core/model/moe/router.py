@@ -122,6 +122,8 @@ class Router(TopKRouter):  # type: ignore[misc]
             chosen_TK = chosen_by_score(scores_TE, self.moe, self.expert_bias)
         if tokens.replay_TK is not None:
             given_TK = tokens.replay_TK
+            if self.training and torch.is_grad_enabled():
+                self.stats.add_replay(chosen_TK, given_TK)
             chosen_TK = torch.where((given_TK >= 0).all(-1, keepdim=True), given_TK, chosen_TK)
         return chosen_TK
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcore_core.model.moe.router import Router
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss")
-_SUMS = ("tokens", "entropy", "dropped", *LOSSES)
+_SUMS = ("tokens", "entropy", "dropped", *LOSSES, "replayed", "differing")
 """What a router adds up beside the load of each expert."""
 LOAD_TABLE = "moe/load"
 """Choices of each expert, a row for each layer."""
@@ -71,6 +71,15 @@ class RouterStats:
             ]
         )
         sums[self.experts : self.experts + len(others)] += others
+
+    @torch.no_grad()
+    def add_replay(self, own_TK: Tensor, given_TK: Tensor) -> None:
+        """Count the choices that were given, and those which the router would not make itself."""
+        given_T1 = (given_TK >= 0).all(-1, keepdim=True)
+        differs_TK = (given_TK.unsqueeze(-1) != own_TK.unsqueeze(-2)).all(-1) & given_T1
+        sums, first = self._at(own_TK), self.experts + _SUMS.index("replayed")
+        sums[first] += given_T1.sum() * given_TK.shape[-1]
+        sums[first + 1] += differs_TK.sum()
 
     def add_loss(self, name: str, share: Tensor) -> None:
         """Add this rank's share of a balancing loss, without its coefficient."""
@@ -199,6 +208,10 @@ class ExpertReport:
         for name in LOSSES:
             if on.get(name):
                 found[name] = whole[:, experts + _SUMS.index(name)].tolist()
+        first = experts + _SUMS.index("replayed")
+        replayed = whole[:, first]
+        if float(replayed.sum()) > 0:
+            found["replay_mismatch"] = (whole[:, first + 1] / replayed.clamp(min=1)).tolist()
         if config.shape.moe is not None and config.shape.moe.expert_bias:
             found["bias_norm"] = whole[:, -1].tolist()
         return found

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcore_core.config.compose import RunConfig
+from mcore_core.errors import usage_error
 from mcore_core.protocols import StepRun, Unit
 from mcore_rlhf.grpo import advantages as adv
 from mcore_rlhf.grpo import correction
@@ -22,6 +23,7 @@ from mcore_rlhf.grpo.prepared import Prepared, cells_of, divide
 from mcore_rlhf.grpo.sample import Sampled
 from mcore_rlhf.reference import REFERENCE
 from mcore_rlhf.rollout.config import RolloutConfig
+from mcore_rlhf.rollout.trajectory import Trajectory
 
 type Floats = NDArray[np.float32]
 
@@ -51,6 +53,9 @@ class Assembler:
         options = self.options
         begin = time.perf_counter()
         units = [_unit(sampled, i) for i in range(len(sampled.trajectories))]
+        if run.training and options.router_replay_mode == "R3":
+            for unit, trajectory in zip(units, sampled.trajectories, strict=True):
+                unit["routing"] = recorded(trajectory, unit["length"])
         number, iterations, rng = steps
         each = divide(len(units), number, iterations, rng)
         rewards_N = adv.weighted(sampled.rewards_NF, self.weights_F)
@@ -85,20 +90,26 @@ class Assembler:
         old = several or corrects or options.reward_kl or entropy
         mine = [i for numbers in each for cell in cells_of(units, numbers, run) for i in cell]
         chosen = [units[i] for i in mine]
-        found: dict[str, list[Floats]] = {}
-        if old and entropy:
+        found: dict[str, list[NDArray[Any]]] = {}
+        if old and several and options.router_replay_mode == "R2":
+            scored = run.score_with_routing("policy", chosen)
+            names = ("old", "entropy", "routing")
+            found |= {n: [s[i] for s in scored] for i, n in enumerate(names)}
+        elif old and entropy:
             both = run.score_with_entropy("policy", chosen)
             found |= {"old": [a for a, _ in both], "entropy": [b for _, b in both]}
         elif old:
             found["old"] = run.score("policy", chosen)
         if options.beta > 0:
-            found[REFERENCE] = run.score(REFERENCE, chosen)
+            # its own routers choose
+            plain = [{k: v for k, v in unit.items() if k != "routing"} for unit in chosen]
+            found[REFERENCE] = run.score(REFERENCE, plain)
         if not found:
             return
         for numbers, scores in run.gather((mine, found)):
             for name, values in scores.items():
                 for i, value in zip(numbers, values, strict=True):
-                    units[i][name] = at_tokens(value)
+                    units[i][name] = value if name == "routing" else at_tokens(value)
 
     def _advantages(
         self, units: Sequence[Unit], rewards_N: NDArray[np.float64], sampled: Sampled
@@ -154,6 +165,25 @@ class Assembler:
 def at_tokens(scores: Floats) -> Floats:
     """Return scores at the tokens themselves: `score` gives them where they are predicted."""
     return np.concatenate((np.zeros(1, np.float32), scores[:-1]))
+
+
+def recorded(trajectory: Trajectory, length: int) -> NDArray[np.int16]:
+    """Return the experts of each token of a completion and its prompt, [P + L, layers, K].
+
+    -1 where the engine has not read a token: the last one, and what came after the last turn.
+
+    Raises:
+        UsageError: The engine does not record them.
+    """
+    routing_TLK = trajectory.routing
+    if routing_TLK is None:
+        raise usage_error(
+            "MC362",
+            "--router_replay_mode R3: the rollout engine does not say which experts tokens went to",
+            "fix: --rollout_engine native, or --router_replay_mode R2",
+        )
+    more = length - len(routing_TLK)
+    return np.pad(routing_TLK, ((0, more), (0, 0), (0, 0)), constant_values=-1)
 
 
 def _unit(sampled: Sampled, index: int) -> dict[str, Any]:

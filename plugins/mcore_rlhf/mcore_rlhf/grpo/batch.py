@@ -43,7 +43,8 @@ def collate(units: Sequence[Unit], *, divisor: Divisor, length: int) -> GRPOBatc
     Args:
         units: Each has `input_ids` [P + L], `trains` bool [P + L], `advantage`, `kept` (false where
             overlong_filter left it out), and where they are known `policy`, `old`, `ref` and
-            `rollout`, float32 [P + L], all at the position of the token itself.
+            `rollout`, float32 [P + L], all at the position of the token itself; and `routing`, the
+            experts of each token, int16 [P + L, layers, K].
         divisor: As the loss says.
         length: max_completion_length.
     """
@@ -69,10 +70,14 @@ def collate(units: Sequence[Unit], *, divisor: Divisor, length: int) -> GRPOBatc
             return None
         return shifted([unit[name] for unit in units])
 
+    routing = None
+    if units[0].get("routing") is not None:
+        routing = torch.from_numpy(np.concatenate([np.asarray(u["routing"]) for u in units]))
     ones = [np.ones(len(t), np.float32) for t in trains]
     policy_T, rollout_T = optional("policy"), optional("rollout")
     return GRPOBatch(
         **fields,
+        routing_TLK=routing,
         advantages_T=shifted(
             [one * np.float32(unit["advantage"]) for one, unit in zip(ones, units, strict=True)]
         ),

@@ -71,6 +71,10 @@ class GRPOConfig(ConfigGroup):
     """What has an importance ratio: each token (GRPO), the sequence (GSPO), or each token with the
     sequence's value (GSPO-token)."""
 
+    router_replay_mode: Literal["disabled", "R2", "R3"] = "disabled"
+    """Models with experts: send each token in training to the experts that it went to in the pass
+    that computed the old log-probabilities (R2), or in the rollout (R3, engine native)."""
+
     dynamic_sample: bool = False
     """Leave out prompts whose completions all have the same reward, and draw others."""
     max_resample_times: int = Field(3, ge=1)

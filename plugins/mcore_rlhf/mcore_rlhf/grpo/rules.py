@@ -7,6 +7,7 @@ from mcore_core.config.decode import as_typed
 from mcore_core.errors import Problem
 from mcore_rlhf import components
 from mcore_rlhf.grpo.config import GRPOConfig
+from mcore_rlhf.rollout.config import RolloutConfig
 from mcore_rlhf.rollout.rules import check_rollout
 from mcore_rlhf.rules import check_method, check_reference
 
@@ -24,6 +25,7 @@ def check(config: RunConfig) -> Iterator[Problem]:
     yield from _rewards(options)
     yield from _loss(config, options)
     yield from _advantages(options)
+    yield from _replay(config, options)
     yield from _idle(config)
 
 
@@ -153,6 +155,23 @@ def _advantages(options: GRPOConfig) -> Iterator[Problem]:
             "MC321",
             "--kl_in_reward true does nothing with --beta 0",
             ["fix: --beta 0.04, or leave it out"],
+        )
+
+
+def _replay(config: RunConfig, options: GRPOConfig) -> Iterator[Problem]:
+    mode, engine = options.router_replay_mode, config[RolloutConfig].engine
+    if mode == "R3" and engine == "vllm":
+        yield Problem(
+            "MC362",
+            "--router_replay_mode R3: the rollout engine does not say which experts tokens went to",
+            ["fix: --rollout_engine native, or --router_replay_mode R2"],
+        )
+    if mode == "R2" and options.steps_per_round(config.get("global_batch_size")) == 1:
+        yield Problem(
+            "MC321",
+            "--router_replay_mode R2 does nothing with one optimizer step a round: the pass that "
+            "trains is the one that routes",
+            ["fix: --num_iterations 2 or --steps_per_generation 2, or --router_replay_mode R3"],
         )
 
 

@@ -26,6 +26,8 @@ class Trajectory:
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What was said after the prompt."""
     turns: int = 0
+    routing: NDArray[np.int16] | None = None
+    """Experts of the prompt's tokens and of these, as the engine read them for the last turn."""
     finished: bool = False
     """False where it was cut by its length."""
 
@@ -41,6 +43,7 @@ class Trajectory:
         self.logps += completion.logps.tolist()
         self.versions += completion.versions.tolist()
         self.trains += completion.trainable.tolist()
+        self.routing = completion.routing
         self.messages.append({"role": "assistant", "content": text})
         self.turns += 1
         self.finished = completion.stop == "stop"

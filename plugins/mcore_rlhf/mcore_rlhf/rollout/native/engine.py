@@ -9,6 +9,7 @@ Shapes: N rows of a pass whose next token is wanted.
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +25,17 @@ from mcore_rlhf.rollout.native import rows, stop
 from mcore_rlhf.rollout.native.config import NativeConfig
 from mcore_rlhf.rollout.native.forward import Forward
 from mcore_rlhf.rollout.native.graphs import Graphs, refusal
-from mcore_rlhf.rollout.native.memory import prompt_tokens_that_fit, slots_that_fit
+from mcore_rlhf.rollout.native.memory import (
+    head_sizes,
+    prompt_tokens_that_fit,
+    slots_that_fit,
+)
+from mcore_rlhf.rollout.native.routing import recorder_of, routed
 from mcore_rlhf.rollout.native.sample import Choice, sample, uniforms
 from mcore_rlhf.rollout.native.slots import Ints, Pending, Slots
 from mcore_rlhf.rollout.native.steps import Size, Steps
 
 if TYPE_CHECKING:
-    from mcore_core.model.build import ModelPlan
     from mcore_core.protocols import Completion, EngineContext, Request, Sampling
 
 MOST_SLOTS = {"cpu": 256, "cuda": 512}
@@ -60,11 +65,14 @@ class NativeEngine:
         self.few_sizes = self.device.type == "cuda"
         """Whether steps are padded so that few different ones come up."""
         self.most_steps = STEPS[self.device.type]
-        self.fused = has_kernel(context.plan.dtype, self.device, _head_sizes(context.plan))
+        self.fused = has_kernel(context.plan.dtype, self.device, head_sizes(context.plan))
         self.unrecorded = refusal(context.plan, self.forward, self.device)
         """Why steps are not recorded as CUDA graphs; None where they are."""
         if not options.native_cuda_graphs:
             self.unrecorded = "native_cuda_graphs is off"
+        self.routing = recorder_of(context)
+        if self.routing is not None:
+            self.unrecorded, self.most_steps = "routing is recorded, token by token", 1
         graphs = None if self.unrecorded else Graphs(self.device)
         self._steps = Steps(self.forward, self.device, graphs, most=self.most_steps)
         self.version: int | None = None
@@ -101,7 +109,8 @@ class NativeEngine:
 
     def poll(self, *, wait: bool = True) -> "list[Completion]":
         """Return what finished; without `wait` at most one pass through the model is made."""
-        with self.forward.evaluating():
+        recording = nullcontext() if self.routing is None else self.routing.recording()
+        with self.forward.evaluating(), recording:
             steps = self.most_steps if wait and not self.lockstep else 1
             if self.lockstep:
                 while any_rank(self._busy, self.device):
@@ -246,6 +255,11 @@ class NativeEngine:
             sequences, where_N[leaders], state, multiple=self.multiple, device=self.device
         )
         hidden_TH = self.forward.hidden(row.tokens_T, row.row)
+        if self.routing is not None:
+            routing_TLK = routed(self.routing, len(row.tokens_T), self.device)
+            bounds = np.concatenate(([0], np.cumsum([len(s) for s in sequences])))
+            for slot, which in zip(where_N.tolist(), which_N.tolist(), strict=True):
+                self._slots.note_prompt(slot, routing_TLK[bounds[which] : bounds[which + 1]])
         copies = np.setdiff1d(np.arange(len(new)), leaders)
         if len(copies):
             source = where_N[leaders[which_N[copies]]]
@@ -275,6 +289,7 @@ class NativeEngine:
         size = self._size(number, int(slots.position[:number].max()) + steps)
         if self._present is None:
             self._present = self._choice(np.arange(number))
+        read_N = slots.position[:number].copy()
         penalized = self._present.penalty_N1 is not None
         tokens_KN, logps_KN = self._steps.run(
             slots,
@@ -284,6 +299,8 @@ class NativeEngine:
             size=size,
             steps=steps,
         )
+        if self.routing is not None:
+            slots.note_step(read_N, routed(self.routing, size.rows, self.device)[:number])
         alive_N, gone = np.arange(number), []
         for tokens_N, logps_N in zip(tokens_KN, logps_KN, strict=True):
             ended = self._record(alive_N, tokens_N[alive_N], logps_N[alive_N])
@@ -375,11 +392,3 @@ class NativeEngine:
 
     def _move(self, array: Any) -> Tensor:  # noqa: ANN401
         return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-
-def _head_sizes(plan: "ModelPlan") -> tuple[int, int]:
-    """Return the sizes of a key and of a value."""
-    shape = plan.architecture
-    if shape.mla is None:
-        return shape.kv_channels, shape.kv_channels
-    return shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim, shape.mla.v_head_dim

@@ -78,3 +78,11 @@ def slots_that_fit(
         budget = CPU_GIB * 2**30
     each = slot_bytes(plan, range(layers), capacity)
     return _least(max(1, int(budget // max(1, each))), device)
+
+
+def head_sizes(plan: "ModelPlan") -> tuple[int, int]:
+    """Return the sizes of a key and of a value."""
+    shape = plan.architecture
+    if shape.mla is None:
+        return shape.kv_channels, shape.kv_channels
+    return shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim, shape.mla.v_head_dim

@@ -31,6 +31,8 @@ class Pending:
     tokens: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     versions: tuple[int, ...] = ()
+    routing: "NDArray[np.int16] | None" = None
+    """Experts of the tokens that were read, [prompt and completion, layers, K]; -1: not read."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -51,6 +53,7 @@ class Pending:
             versions=np.asarray(self.versions, np.int64),
             stop=stop,
             trainable=np.ones(len(self.tokens), np.bool_),
+            routing=self.routing,
         )
 
 
@@ -75,6 +78,8 @@ class Slots:
         self.tokens = np.zeros((0, 1), np.int64)
         self.logps = np.zeros((0, 1), np.float32)
         self.versions = np.zeros((0, 1), np.int64)
+        self.routing: list[NDArray[np.int16] | None] = []
+        """Experts of each slot's tokens, where they are recorded: [room, layers, K]."""
 
     _ARRAYS = (
         "last",
@@ -128,6 +133,7 @@ class Slots:
             self.logps[slot, :done] = one.logps
             self.versions[slot, :done] = one.versions
         self.pending.extend(several)
+        self.routing += [None] * len(several)
         return np.arange(first, len(self.pending))
 
     def record(self, where_n: Ints, tokens_n: Ints, logps_n: Any, version: int) -> None:  # noqa: ANN401
@@ -140,15 +146,32 @@ class Slots:
         self.count[where_n] += 1
         self.position[where_n] += 1
 
+    def note_prompt(self, slot: int, routing_TLK: "NDArray[np.int16]") -> None:
+        """Note the experts of the tokens that were read first."""
+        room = np.full((self.pending[slot].room, *routing_TLK.shape[1:]), -1, np.int16)
+        room[: len(routing_TLK)] = routing_TLK
+        self.routing[slot] = room
+
+    def note_step(self, positions_N: Ints, routing_NLK: "NDArray[np.int16]") -> None:
+        """Note the experts of the token that each slot read at a position."""
+        for slot, (position, experts) in enumerate(zip(positions_N, routing_NLK, strict=True)):
+            room = self.routing[slot]
+            assert room is not None
+            room[position] = experts
+
     def progress(self, slot: int) -> Pending:
         """Return a slot's request with what it has generated."""
         one, n = self.pending[slot], int(self.count[slot])
+        routing = self.routing[slot]
+        if routing is not None:
+            routing = routing[: len(one.request.token_ids) + n]
         return Pending(
             one.request,
             one.stops,
             tuple(self.tokens[slot, :n].tolist()),
             tuple(self.logps[slot, :n].tolist()),
             tuple(self.versions[slot, :n].tolist()),
+            routing,
         )
 
     def remove(self, where_n: Ints) -> tuple[Ints, Ints]:
@@ -164,6 +187,6 @@ class Slots:
             array[target] = array[source]
         self.position[left:total] = 0
         for a, b in zip(source.tolist(), target.tolist(), strict=True):
-            self.pending[b] = self.pending[a]
-        del self.pending[left:]
+            self.pending[b], self.routing[b] = self.pending[a], self.routing[a]
+        del self.pending[left:], self.routing[left:]
         return source, target
