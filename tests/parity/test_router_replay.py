@@ -129,7 +129,7 @@ def test_gradients_against_float64():
         upstream = torch.randn(tokens, moe.num_experts, generator=generator)
         found = []
         for dtype in (torch.float32, torch.float64):
-            x = logits.to(dtype).requires_grad_()
+            x = logits.clone().to(dtype).requires_grad_()
             ones = torch.ones(tokens, dtype=torch.long)
             probs, _ = router.route(x, RowTokens(ones, torch.arange(tokens), given))
             (probs * upstream).sum().backward()
@@ -137,7 +137,7 @@ def test_gradients_against_float64():
         return logits, given, upstream, found
 
     ((logits, given, upstream, found),) = fork_ranks(one, 1)
-    x = logits.detach().double().requires_grad_()
+    x = logits.double().requires_grad_()
     kept = torch.zeros(tokens, moe.num_experts, dtype=torch.bool)
     for token in range(tokens):
         if token != 4:

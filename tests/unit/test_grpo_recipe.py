@@ -6,6 +6,8 @@ from grpo_run import Engine, Run, prompts, recipe, steps
 from mcore_rlhf.grpo.balance import balanced
 from mcore_rlhf.grpo.entropy import keep_highest
 
+from mcore_core.errors import UsageError
+
 
 def test_one_round_is_one_step_and_needs_no_scores(tmp_path):
     run = Run(Engine())
@@ -266,3 +268,27 @@ def test_micro_batches_have_about_as_many_tokens():
         tokens = [sum(lengths[i] for i in cell) for cell in cells]
         if len(lengths) >= 8:
             assert max(tokens) - min(tokens) <= 2 * max(lengths)
+
+
+def problems(**options):
+    from grpo_run import GROUPS
+    from mcore_rlhf.grpo.rules import check
+
+    from mcore_core.config.kernel import kernel_config
+
+    config = kernel_config(*GROUPS, global_batch_size=8, reward_funcs=["format"], **options)
+    return [(p.code, p.message) for p in check(config) if "replay" in p.message]
+
+
+def test_router_replay_is_refused_where_it_would_do_nothing(tmp_path):
+    assert problems(router_replay_mode="R3") == []
+    assert problems(router_replay_mode="R2", num_iterations=2) == []
+    ((code, fact),) = problems(router_replay_mode="R2")
+    assert code == "MC321" and "one optimizer step a round" in fact
+    ((code, _),) = problems(router_replay_mode="R3", rollout_engine="vllm")
+    assert code == "MC362"
+
+
+def test_an_engine_that_records_no_routing(tmp_path):
+    with pytest.raises(UsageError, match="MC362"):
+        steps(recipe(tmp_path, router_replay_mode="R3"), prompts(1), Run(Engine()))

@@ -137,7 +137,6 @@ def test_only_these_options_are_beyond_the_specification() -> None:
         "master_port",
         "upcycle",
         "moe_upcycling_granularity",
-        "router_replay_mode",
     }
 
 
