@@ -162,6 +162,11 @@ def test_a_step_that_cannot_be_recorded_runs_all_the_same(caplog):
         other.run("works", lambda: value.mul_(2))
     assert float(value) == 256
     assert len(other) == 1
+    other.clear()
+    for _ in range(4):
+        other.run("works", lambda: value.div_(2))
+    assert float(value) == 16
+    assert len(other) == 1, "nothing was recorded after a pause"
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -75,6 +75,8 @@ class Graphs:
         """Forget all graphs, and give their memory back."""
         self._graphs.clear()
         self._warm.clear()
+        # a pool that no graph uses any more is gone: recording into it fails
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, key: Hashable, step: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph()

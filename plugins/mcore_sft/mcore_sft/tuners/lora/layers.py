@@ -69,10 +69,15 @@ class Adapter(torch.nn.Module):
             self.register_parameter(f"{pair.projection.leaf}_A", pair.a)
             self.register_parameter(f"{pair.projection.leaf}_B", pair.b)
         total = sum(i >= 0 for i in order)
+        device = pairs[0].b.device
+        scales = [pair.scale for pair in pairs for _ in range(pair.rank)]
+        self.scale: float | Tensor = scales[0]
+        if len(set(scales)) > 1:
+            self.scale = torch.tensor(scales, device=device, dtype=pairs[0].b.dtype)
         self.order: Tensor | None = None
         if list(order) != list(range(total)):
             index = [i if i >= 0 else total for i in order]
-            self.order = torch.tensor(index, device=pairs[0].b.device)
+            self.order = torch.tensor(index, device=device)
 
     def matrices(self) -> list[tuple[Tensor, Tensor, float]]:
         """Return A, B and scale of each projection."""
@@ -95,11 +100,7 @@ class Adapter(torch.nn.Module):
             found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         else:
             found = F.linear(x, _joined([pair.a for pair in self.pairs]))
-        scales = {pair.scale for pair in self.pairs}
-        if len(scales) == 1:
-            return found * scales.pop()
-        each = [s for pair in self.pairs for s in [pair.scale] * pair.rank]
-        return found * torch.tensor(each, device=found.device, dtype=found.dtype)
+        return found * self.scale
 
     def added(self, out: Tensor, narrow: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """Return the layer's output and what `narrow` adds to it through every B, in one product.
