@@ -134,6 +134,9 @@ class LossOutput:
     count: "Tensor"
     metrics: "Mapping[str, tuple[Tensor, Tensor]]" = field(default_factory=dict)
     """Name -> (sum, count), shares as above."""
+    rows: "Tensor | None" = None
+    """What an evaluation keeps of this micro-batch, [R, N], for `Recipe.summarize`; the same on
+    every context-parallel rank."""
 
 
 class Reduce(Protocol):

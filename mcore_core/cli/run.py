@@ -116,7 +116,7 @@ def _losses(
     known = {c.recipe for _, c in session.manager.catalogue("mcore_losses")}
     if recipe not in known or "loss_type" not in config.names:
         return {}, []
-    names = [name.strip() for name in config.get("loss_type").split(",") if name.strip()]
+    names = [name.strip() for name in (config.get("loss_type") or "").split(",") if name.strip()]
     try:
         return session.manager.losses(recipe, names), []
     except UsageError as error:

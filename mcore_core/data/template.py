@@ -151,6 +151,11 @@ class Template:
         self._require_template()
         return self._render(conversation, len(conversation.messages), prompt=True)
 
+    def render(self, conversation: Conversation) -> str:
+        """Return the text of all messages. Raises as `render_prompt`."""
+        self._require_template()
+        return self._render(conversation, len(conversation.messages))
+
     def describe(self, unit: Mapping[str, Any]) -> str:
         """Return the unit's text; what trains stands between «»."""
         ids, trains = unit["input_ids"], np.asarray(unit["weights"]) > 0

@@ -100,6 +100,12 @@ class RowReduce:
         return RowReduce(self.seq_T[index], self.owns_S, self.cp_group, self.dp_group)
 
 
+def gather_rows(rows_RN: Tensor) -> Tensor:
+    """Return the rows of all data-parallel ranks, in rank order; collective over these."""
+    group = parallel_state.get_data_parallel_group()
+    return RowReduce(rows_RN, rows_RN, dp_group=group).gather_seqs(rows_RN)
+
+
 def sum_over_data(values: Tensor) -> Tensor:
     """Sum over data- and context-parallel ranks, in place; every pipeline stage has its own."""
     dist.all_reduce(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mcore_core.model.hf_head import write_head
 
 if TYPE_CHECKING:
+    from mcore_core.model.architecture import Architecture
     from mcore_core.protocols import Recipe
     from mcore_core.train.plan import ModelSource
 
@@ -47,9 +48,10 @@ def padding(configured: int | None, tokenizer: Any) -> int | None:  # noqa: ANN4
     return None
 
 
-def write_files(folder: Path, recipe: "Recipe[Any]") -> None:
-    """Write what a recipe adds with `export_files`: path in the folder -> text."""
-    files: dict[str, str] = getattr(recipe, "export_files", {})
+def write_files(folder: Path, recipe: "Recipe[Any]", architecture: "Architecture") -> None:
+    """Write what a recipe adds with `export_files(architecture)`: path in the folder -> text."""
+    find = getattr(recipe, "export_files", None)
+    files: dict[str, str] = {} if find is None else find(architecture)
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

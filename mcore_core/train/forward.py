@@ -68,6 +68,8 @@ class ForwardStep:
         """What the loss of each depth is multiplied by; None: those layers do not run."""
         self.only_hidden = False
         """Leave head and loss out: the pass is for what happens in the layers."""
+        self.rows: list[Tensor] | None = None
+        """Where an evaluation keeps the rows of its losses."""
 
     def __call__(
         self,
@@ -101,6 +103,8 @@ class ForwardStep:
             hidden, *rest = hidden.chunk(1 + self.depths)
             deeper = tuple(rest)
         out = self.loss(placed, chunk, hidden)
+        if self.rows is not None and out.rows is not None:
+            self.rows.append(out.rows)
         shares: Shares = {"loss": (out.total.detach(), out.count.detach()), **out.metrics}
         total = out.total * self.scale
         if deeper:

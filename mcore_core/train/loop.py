@@ -222,7 +222,7 @@ def write_model(session: Session, folder: Path, *, hf: bool, max_shard: int) -> 
             config=export_config(session.source, session.template.tokenizer, session.recipe),
         )
         if run.is_main:
-            write_files(folder, session.recipe)
+            write_files(folder, session.recipe, session.source.architecture)
     if run.is_main and run.config[TrainConfig].new_special_tokens:
         write_tokenizer(folder, session.template.tokenizer)
     dist.barrier()
@@ -247,7 +247,7 @@ def _write_merged(session: Session, max_shard: int) -> None:
             config=export_config(session.source, session.template.tokenizer, session.recipe),
         )
     if run.is_main:
-        write_files(unfinished, session.recipe)
+        write_files(unfinished, session.recipe, session.source.architecture)
         if run.config[TrainConfig].new_special_tokens:
             write_tokenizer(unfinished, session.template.tokenizer)
         shutil.rmtree(final, ignore_errors=True)

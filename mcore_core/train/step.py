@@ -15,7 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mcore_core.failure import RunFailure
 from mcore_core.model.moe.stats import ExpertReport
 from mcore_core.parallel.randomness import same_randomness
-from mcore_core.parallel.reduce import sum_over_data, sum_shares
+from mcore_core.parallel.reduce import (
+    from_last_stage,
+    gather_rows,
+    sum_over_data,
+    sum_shares,
+)
 from mcore_core.protocols import StepResult, Unit
 from mcore_core.train.flops import StepSize, causal_pairs
 from mcore_core.train.forward import ForwardStep, Shares
@@ -180,6 +185,7 @@ class Stepper:
     def evaluate(self, batches: Iterator[Sequence[list[Unit]]]) -> dict[str, float]:
         """Return the loss and metrics over all batches, weighted by their counts. Collective."""
         sums: dict[str, tuple[float, float]] = {}
+        self.forward.rows = []
         for chunk in self.chunks:
             chunk.eval()
         try:
@@ -196,7 +202,20 @@ class Stepper:
         if not sums:
             return {}
         total, count = sums["loss"]
-        return {"loss": total / count if count else float("nan"), **_means(sums)}
+        loss = total / count if count else float("nan")
+        return {"loss": loss, **_means(sums), **self._summary()}
+
+    def _summary(self) -> dict[str, float]:
+        """Return what the recipe makes of the rows that its losses have kept. Collective.
+
+        A recipe may have `summarize(rows_RN)`, which is given those of all ranks.
+        """
+        rows, self.forward.rows = self.forward.rows, None
+        summarize = getattr(self.recipe, "summarize", None)
+        if summarize is None:
+            return {}
+        found = summarize(gather_rows(torch.cat(rows))) if rows else {}
+        return from_last_stage({name: float(value) for name, value in found.items()})
 
     def _count(self, placed: list[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the losses of the global batch are divided by, float64, without waiting.

@@ -1,0 +1,1 @@
+"""Tasks other than predicting the next token: classification, embeddings, reranking."""
