@@ -24,7 +24,11 @@ def sentence_transformer(size: int, max_length: int | None) -> dict[str, str]:
         "include_prompt": True,
     }
     reading = {"max_seq_length": max_length, "do_lower_case": False}
-    whole: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    whole: dict[str, Any] = {
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
     files = {
         "modules.json": modules,
         "1_Pooling/config.json": pooling,

@@ -1,5 +1,6 @@
 """The `lora` tuner: adapters train, the model's own weights stay as they are."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,10 @@ class Lora:
     def __init__(self, context: "TunerContext") -> None:
         """Read the options, and the config of the adapter that the run starts from."""
         self.context, self.spec = context, start.spec_of(context.config)
+        new_head = context.architecture.head == "scores" and self.spec.folder is None
+        if new_head and "score" not in self.spec.saved_modules:  # as PEFT does for SEQ_CLS
+            saved = (*self.spec.saved_modules, "score")
+            self.spec = dataclasses.replace(self.spec, saved_modules=saved)
         self.tied = context.architecture.tie_word_embeddings
         self.table = list(entries(memory_rules(context.family, context.architecture)))
         head = [tied_head(self.table)] if self.tied else []
