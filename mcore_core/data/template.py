@@ -141,20 +141,15 @@ class Template:
             ids, weights = self._chat(conversation)
         return fitted(ids, weights, self.max_length, self.config.truncation_strategy)
 
-    def render_prompt(self, conversation: Conversation) -> str:
-        """Return the text of all messages and the start of the assistant's turn.
+    def render_prompt(self, conversation: Conversation, *, begins: bool = True) -> str:
+        """Return the text of all messages and, if it `begins`, the start of the assistant's turn.
 
         Raises:
             RowError: The template refuses these messages.
             UsageError: The tokenizer has no template.
         """
         self._require_template()
-        return self._render(conversation, len(conversation.messages), prompt=True)
-
-    def render(self, conversation: Conversation) -> str:
-        """Return the text of all messages. Raises as `render_prompt`."""
-        self._require_template()
-        return self._render(conversation, len(conversation.messages))
+        return self._render(conversation, len(conversation.messages), prompt=begins)
 
     def describe(self, unit: Mapping[str, Any]) -> str:
         """Return the unit's text; what trains stands between «»."""

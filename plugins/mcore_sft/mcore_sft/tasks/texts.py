@@ -55,9 +55,8 @@ class TextEncoder:
         if not self._template.config.use_chat_template:
             text = "".join(message["content"] for message in conversation.messages)
             return self._ids(text, special=True)
-        if conversation.messages[-1]["role"] == "assistant":
-            return self._ids(self._template.render(conversation), special=False)
-        return self._ids(self._template.render_prompt(conversation), special=False)
+        begins = conversation.messages[-1]["role"] != "assistant"
+        return self._ids(self._template.render_prompt(conversation, begins=begins), special=False)
 
     def fitted(self, ids: Ids) -> Ids:
         """Cut to max_length, or drop, as truncation_strategy says."""
