@@ -5,7 +5,9 @@
 looked up in `data` itself.
 """
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def _use(path: Path, model: ModelFacts | None) -> Lines:
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         return [
             ("model", f"{path} (Hugging Face safetensors)"),
-            ("load it", f'AutoModelForCausalLM.from_pretrained("{path}")'),
+            ("load it", f'{_opener(path)}("{path}")'),
             ("serve it", f"vllm serve {path}"),
         ]
     if (path / "adapter_config.json").exists():
@@ -138,3 +140,15 @@ def _use(path: Path, model: ModelFacts | None) -> Lines:
             ("serve it", f"vllm serve {base} --enable-lora --lora-modules tuned={path}"),
         ]
     return []
+
+
+def _opener(path: Path) -> str:
+    """Return what opens a folder in Python, as its files say."""
+    if (path / "modules.json").exists():
+        return "SentenceTransformer"
+    with suppress(OSError, ValueError):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        name = str((config.get("architectures") or [""])[0])
+        if name.endswith("ForSequenceClassification"):
+            return "AutoModelForSequenceClassification.from_pretrained"
+    return "AutoModelForCausalLM.from_pretrained"

@@ -34,7 +34,7 @@ KERNEL_SECTIONS = {
     "Tuner: LoRA Training",
 }
 LATER = {
-    # with the tasks and losses of sft
+    # of the sft plugin: test_sft_losses and test_task_data have them
     "enable_dft_loss",
     "enable_channel_loss",
     "task_type",

@@ -1,12 +1,15 @@
 """Rows of the tasks: formats, labels, truncation, prompts, and what is refused."""
 
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data_tools import THINKING, make_template
 from mcore_sft.tasks import documents
-from mcore_sft.tasks.components import TASKS
+from mcore_sft.tasks.components import CAUSAL_LM, TASKS
+from mcore_sft.tasks.config import TaskConfig
 from mcore_sft.tasks.documents import Text
 from mcore_sft.tasks.labels import labels
 from mcore_sft.tasks.model_files import sentence_transformer
@@ -15,9 +18,11 @@ from mcore_sft.tasks.rules import check
 from preference_tools import View
 from task_tools import ANSWERS, config, recipe
 
+from mcore_core.config.option import collect_options
 from mcore_core.data.rows import RowDropped, RowError
 from mcore_core.errors import UsageError
 from mcore_core.plugin import hookimpl
+from mcore_core.report.summary import _use
 
 
 def text_of(template, ids):
@@ -370,6 +375,37 @@ def test_a_list_without_negatives():
 
 def problems(task, **options):
     return [p.message for p in check(config(task_type=task, **options))]
+
+
+def test_options_are_those_of_the_specification():
+    with (Path(__file__).parents[1] / "data/arguments.tsv").open(encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
+    options = collect_options({TaskConfig: "sft"})
+    assert options["task_type"].default == rows["task_type"]["default"]
+    names = {CAUSAL_LM, *(task.name for task in TASKS)}
+    assert names == set(rows["task_type"]["choices"].split("|"))
+    assert options["num_labels"].default is None
+    assert options["problem_type"].default is None
+    assert list(options["problem_type"].choices) == rows["problem_type"]["choices"].split("|")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "files", "opener"),
+    [
+        (["Qwen3ForCausalLM"], [], "AutoModelForCausalLM.from_pretrained"),
+        (
+            ["Qwen3ForSequenceClassification"],
+            [],
+            "AutoModelForSequenceClassification.from_pretrained",
+        ),
+        (["Qwen3Model"], ["modules.json"], "SentenceTransformer"),
+    ],
+)
+def test_a_run_says_what_opens_its_model(tmp_path, architectures, files, opener):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
+    for name in ("model.safetensors", *files):
+        (tmp_path / name).write_text("")
+    assert dict(_use(tmp_path, None))["load it"] == f'{opener}("{tmp_path}")'
 
 
 @pytest.mark.parametrize(
