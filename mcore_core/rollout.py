@@ -126,6 +126,8 @@ class EngineContext:
     tuner: "Tuner | None" = None
     optimizer: Any = None
     """The policy's optimizer, for engines that move it aside while they generate."""
+    warn: "Callable[[str], None] | None" = None
+    """Tells the user something, from any thread; on the first rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

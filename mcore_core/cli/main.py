@@ -9,6 +9,7 @@ usage: mcore <command> [options]
 commands:
   run       train: mcore run --plugin sft --model DIR --dataset FILE [--option value ...]
   export    convert a model between Hugging Face and megatron-core
+  rollout   start a vLLM server that generates for `mcore run --plugin grpo --use_vllm true`
   plan      memory of each rank and the layouts that fit a cluster, without building the model
   bridge    show which rule claims which tensor: mcore bridge coverage --model DIR
   plugins   list installed plugins and what they provide
@@ -18,7 +19,7 @@ commands:
 `mcore run --plugin sft --help` lists the options of a recipe, `mcore --version` the version.
 With --json, plan, plugins, args and doctor print one JSON document.
 """
-COMMANDS = ("run", "export", "plan", "bridge", "plugins", "args", "doctor")
+COMMANDS = ("run", "export", "rollout", "plan", "bridge", "plugins", "args", "doctor")
 INTERRUPTED = 130
 
 

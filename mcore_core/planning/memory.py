@@ -108,7 +108,10 @@ def holds_reference(config: "RunConfig", training: Training) -> bool:
 
 def engine_bytes(config: "RunConfig", capacity: int) -> int:
     """Return what a rollout engine on the same GPU holds while the model trains."""
-    if _given(config, "rollout_engine") != "vllm" or _given(config, "vllm_mode") == "server":
+    named = _given(config, "rollout_engine") or ("vllm" if _given(config, "use_vllm") else None)
+    servers = any(_given(config, n) for n in ("vllm_server_host", "vllm_server_base_url"))
+    mode = _given(config, "vllm_mode") or ("server" if servers else "colocate")
+    if named != "vllm" or mode == "server":
         return 0
     if _given(config, "sleep_level"):
         return 0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
             model_path=source.path,
             tuner=tuner,
             optimizer=optimizer,
+            warn=partial(_warn_again, reports, count()),
         ),
         frozen=frozen,
         reports=reports,
@@ -354,6 +356,11 @@ def plain_architecture(source: ModelSource) -> dict[str, Any]:
 def _takes_safetensors(config: "RunConfig", resume: "checkpoints.Checkpoint | None") -> bool:
     wanted = config[WeightsConfig].load_safetensors
     return resume is None if wanted is None else wanted and resume is None
+
+
+def _warn_again(reports: RunReports, numbers: "count[int]", text: str) -> None:
+    """Warn of something that may happen more than once."""
+    reports.warn_once(f"engine {next(numbers)}", text)
 
 
 def _precision(dtype: torch.dtype, config: "RunConfig", *, engine: bool) -> str:

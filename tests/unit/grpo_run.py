@@ -62,6 +62,12 @@ class Engine:
             np.ones(n, bool),
         )
 
+    def wake(self):
+        pass
+
+    def sleep(self):
+        assert not self.waiting
+
     def update_weights(self, *, step):
         self.log.append(("weights", step))
         self.version = step

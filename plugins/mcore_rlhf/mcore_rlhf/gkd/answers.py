@@ -34,6 +34,7 @@ def answers(
         weights_of: The optimizer steps that the engine's weights have seen.
     """
     ids = [f"{name}-{key}" for key in _names(units, run)]
+    engine.wake()
     engine.update_weights(step=weights_of)
     engine.submit(
         [
@@ -46,7 +47,6 @@ def answers(
     while not all(run.gather(len(found) == len(ids))):
         found |= {done.id: done.token_ids for done in engine.poll(wait=True)}
     engine.sleep()
-    engine.wake()
     return [found[key] for key in ids]
 
 

@@ -92,6 +92,7 @@ class Generator:
         self._pending: dict[str, tuple[Round, Trajectory]] = {}
         """By the id of the request under way."""
         self._weights: int | None = None
+        self._awake = False
 
     # -- rounds ------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ class Generator:
         while len(self._rounds) <= self.options.staleness:
             self.add(run.draw(), copies)
         oldest = self._rounds[0]
+        self._wake(run)
         if self.options.partial_rollouts or not oldest.submitted:
             self._finish_all(run, unless=self.options.partial_rollouts)
             self._update(run)
@@ -121,6 +123,7 @@ class Generator:
             self._update(run)
             self._submit_rest(run)
         self._rounds.popleft()
+        self._rest(run)
         return oldest.units, self._gathered(oldest, run)
 
     def evaluate(
@@ -128,12 +131,26 @@ class Generator:
     ) -> list[Trajectory]:
         """Return the completions of some prompts, with the weights as they are; collective."""
         evaluated = Round(name, list(units), copies)
+        self._wake(run)
         if not self.options.partial_rollouts:
             self._finish_all(run)
         self._update(run, done=run.step)
         self._submit(evaluated, run)
         self._wait(evaluated, run)
+        self._rest(run)
         return self._gathered(evaluated, run)
+
+    def _wake(self, run: StepRun) -> None:
+        """Have the engine take its memory."""
+        if not self._awake:
+            run.engine.wake()
+            self._awake = True
+
+    def _rest(self, run: StepRun) -> None:
+        """Have the engine give it back while the policy trains, where nothing is under way."""
+        if all(run.gather(not self._pending)):
+            run.engine.sleep()
+            self._awake = False
 
     def _submit_rest(self, run: StepRun) -> None:
         for waiting in self._rounds:

@@ -21,4 +21,9 @@ class RolloutPlugin(Plugin):
                 "mcore_rlhf.rollout.native.engine:NativeEngine",
                 "generates with the training weights themselves",
             ),
+            Component(
+                "vllm",
+                "mcore_rlhf.rollout.vllm.choose:engine",
+                "vLLM servers that `mcore rollout` starts, or vLLM in the training processes",
+            ),
         ]

@@ -105,6 +105,15 @@ def _vllm(config: RunConfig, options: RolloutConfig) -> Iterator[Problem]:
             "--vllm_enable_lora true does nothing without adapters",
             ["fix: --tuner_type lora, or leave it out"],
         )
+    if options.vllm_enable_lora:
+        for name, none in (("modules_to_save", []), ("lora_bias", "none")):
+            if name in config.names and config.get(name) != none:
+                yield Problem(
+                    "MC311",
+                    f"--{name} cannot be honoured with --vllm_enable_lora true: vLLM takes "
+                    "adapters, and not what trains beside them",
+                    ["fix: leave --vllm_enable_lora out: merged weights are sent"],
+                )
 
 
 def _asynchrony(config: RunConfig, options: RolloutConfig) -> Iterator[Problem]:

@@ -1,0 +1,1 @@
+"""Modules that vLLM imports, in its own processes and Python: they import nothing of mcore."""
