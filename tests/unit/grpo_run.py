@@ -35,6 +35,7 @@ class Engine:
     def submit(self, requests):
         self.log.append(("submit", [r.id for r in requests]))
         for r in requests:
+            assert r.id not in self.requests, f"{r.id} is asked for twice"
             self.requests[r.id] = r
             self.waiting[r.id] = [r, self.slow(r.id), self.version]
 

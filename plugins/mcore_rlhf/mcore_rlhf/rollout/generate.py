@@ -114,7 +114,8 @@ class Generator:
         if self.options.partial_rollouts or not oldest.submitted:
             self._finish_all(run, unless=self.options.partial_rollouts)
             self._update(run)
-            self._submit(oldest, run)
+            if not oldest.submitted:
+                self._submit(oldest, run)
         if self.options.partial_rollouts:
             self._submit_rest(run)
         self._wait(oldest, run)
