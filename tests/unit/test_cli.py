@@ -164,12 +164,12 @@ def test_parse_problems(argv: list[str], text: str) -> None:
         (
             ["trian"],
             "error[MC001]: unknown command 'trian'\n"
-            "  fix: one of run, export, plan, bridge, plugins, args, doctor\n",
+            "  fix: one of run, export, rollout, plan, bridge, plugins, args, doctor\n",
         ),
         (
             ["plugin"],
             "error[MC001]: unknown command 'plugin'\n  did you mean: plugins, plan?\n"
-            "  fix: one of run, export, plan, bridge, plugins, args, doctor\n",
+            "  fix: one of run, export, rollout, plan, bridge, plugins, args, doctor\n",
         ),
         (
             ["run", "--lr", "1"],
