@@ -57,6 +57,11 @@ def test_commands_are_accepted(line, monkeypatch):
         _, config = plan.read([a for a in arguments if a != "--json"])
         assert config.get("model")
         return
+    if command == "rollout":
+        from mcore_rlhf.rollout.vllm import serve
+
+        assert serve.parse(arguments)[0].model
+        return
     prepared = {"run": run.prepare, "export": export.prepare}[command](arguments)
     assert prepared.config.get("model")
 
