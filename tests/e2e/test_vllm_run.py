@@ -93,7 +93,7 @@ def test_mistakes_are_named_before_anything_is_trained(mcore, grpo, server):
     ran = mcore(
         *grpo, "--vllm_server_port", port, "--vllm_mode", "server", "--vllm_server_timeout", 0.2
     )
-    assert ran.code == 2 and "MC361" in ran.err and "mcore rollout --model DIR --port" in ran.err
+    assert ran.code == 2 and "MC368" in ran.err and "mcore rollout --model DIR --port" in ran.err
     ran = mcore(*grpo, "--vllm_mode", "colocate")
     assert ran.code == 2 and "MC366" in ran.err and "GPUs only" in ran.err
     lora = ["--tuner_type", "lora", "--vllm_enable_lora", "true"]

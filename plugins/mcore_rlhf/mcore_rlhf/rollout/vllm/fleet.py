@@ -290,7 +290,7 @@ def connect(urls: Sequence[str], timeout: float) -> list[wire.State]:
                     met = _meet(client, url, timeout)
                     if isinstance(met, Problem):
                         last[url] = met
-                        if met.code == "MC362":
+                        if met.code == "MC369":
                             raise UsageError([met])
                     else:
                         found[url] = met
@@ -306,7 +306,7 @@ def _meet(client: httpx.Client, url: str, timeout: float) -> wire.State | Proble
         answer = client.get(f"{url}/mcore/state")
     except httpx.HTTPError as error:
         return Problem(
-            "MC361",
+            "MC368",
             f"no vLLM server answers at {url} within {timeout:g} s",
             [
                 f"{type(error).__name__}: {error}",
@@ -319,7 +319,7 @@ def _meet(client: httpx.Client, url: str, timeout: float) -> wire.State | Proble
         state = wire.State.read(answer.json())
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         return Problem(
-            "MC362",
+            "MC369",
             f"the server at {url} takes no weights of a training run",
             [
                 f"GET {url}/mcore/state: {type(error).__name__} {error}".partition("\n")[0],

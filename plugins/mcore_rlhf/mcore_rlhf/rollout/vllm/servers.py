@@ -68,7 +68,7 @@ class VllmServers:
             where = f"the vLLM server at {url}"
             if state.protocol != wire.PROTOCOL:
                 raise usage_error(
-                    "MC362",
+                    "MC369",
                     f"{where} speaks another protocol ({state.protocol}; this is {wire.PROTOCOL})",
                     "fix: start it with the `mcore rollout` of this version",
                 )
