@@ -148,8 +148,11 @@ class Generator:
             self._awake = True
 
     def _rest(self, run: StepRun) -> None:
-        """Have the engine give it back while the policy trains, where nothing is under way."""
-        if all(run.gather(not self._pending)):
+        """Have the engine give it back while the policy trains, where nothing is under way.
+
+        The native engine keeps its cache, and the steps recorded on it, from round to round.
+        """
+        if self.options.engine != "native" and all(run.gather(not self._pending)):
             run.engine.sleep()
             self._awake = False
 
