@@ -1,8 +1,11 @@
 """Units of every task, of which no two micro-batches share the shape."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
+from layer_cases import GROUPS as EXPERTS
+from layer_cases import shape
 from mcore_sft.tasks.components import LOSSES
 from mcore_sft.tasks.config import EmbeddingConfig, RerankerConfig, TaskConfig
 from mcore_sft.tasks.embedding import Embedding
@@ -16,6 +19,11 @@ from sft_case import SGD, VOCAB
 from mcore_core.config.template import TemplateConfig
 from mcore_core.testing.cases import Case
 
+SHAPES = {
+    **ARCHITECTURES,
+    # a balancing loss is over a micro-batch: joined ones would have another
+    "moe-free": shape(moe=dataclasses.replace(EXPERTS, aux_loss_coeff=0.0), add_qkv_bias=True),
+}
 GROUPS = (TaskConfig, EmbeddingConfig, RerankerConfig)
 RECIPES = {
     "seq_cls": SequenceClassification,
@@ -89,7 +97,7 @@ def task_case(task, architecture="qk-norm", *, dp=1, steps=3, **options):
     base = {**SGD, "recompute_granularity": "none", "task_type": task, **BASE[task]}
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     return Case(
-        architecture=ARCHITECTURES[architecture],
+        architecture=SHAPES[architecture],
         recipe=lambda config: build(task, config),
         steps=joined_micros(data(task, steps), dp),
         options={**base, **lists},

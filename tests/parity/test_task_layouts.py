@@ -11,6 +11,7 @@ from mcore_core.testing.cases import assert_same, run_case
 
 ALL = {**LAYOUTS, "ep2": Layout(world=2, ep=2), "ep2-tp2-sp": Layout(world=2, tp=2, sp=True, ep=2)}
 MOE = {"ep2", "ep2-tp2-sp"}
+EXPERTS = {**dict.fromkeys(RECIPES, "moe"), "embedding": "moe-free"}
 SMALL = 1e-6
 """Margins and similarities are differences of larger numbers, in float32."""
 
@@ -64,7 +65,9 @@ def test_layout(task, layout):
 @pytest.mark.parametrize("layout", [n for n in ALL if n != "one"])
 @pytest.mark.parametrize("task", RECIPES)
 def test_grid(task, layout):
-    check(task, layout, "moe" if layout in MOE else "tied" if layout == "pp4" else "qk-norm")
+    check(
+        task, layout, EXPERTS[task] if layout in MOE else "tied" if layout == "pp4" else "qk-norm"
+    )
 
 
 @pytest.mark.parity
@@ -104,7 +107,7 @@ def test_problems(problem, labels, layout):
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2", "dp2", "ep2"])
 def test_lora(task, layout):
     options = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0, "lr": 0.02}
-    check(task, layout, "moe" if layout in MOE else "qk-norm", **options)
+    check(task, layout, EXPERTS[task] if layout in MOE else "qk-norm", **options)
 
 
 @pytest.mark.parity
