@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import yaml
 from mcore_core.config.checkpoint import CheckpointConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
+from mcore_core.errors import usage_error
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
@@ -41,6 +44,19 @@ def _new(config: "RunConfig") -> Path:
     taken = [p.name for p in base.iterdir()] if base.is_dir() else []
     numbers = [int(n[1:].split("-")[0]) for n in taken if n[:1] == "v" and n[1:2].isdecimal()]
     return base / f"v{max(numbers, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing a run folder's first files into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise usage_error(
+            "MC708",
+            f"the run folder {folder} cannot be written: {error.strerror or error}",
+            "fix: --save with a folder of your own, on a disk with room",
+        ) from error
 
 
 def run_yaml(config: "RunConfig", plugins: tuple[str, ...]) -> str:

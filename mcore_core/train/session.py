@@ -207,9 +207,10 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
             recipe.load_state_dict(loaded.common["recipe"])
             schedule.step(run.step)
     if run.is_main:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.clean(run.output_dir)
-        folders.write_facts(run, prepared.names)
+        with folders.writable(run.output_dir):
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean(run.output_dir)
+            folders.write_facts(run, prepared.names)
     reports = build_reporters(
         run,
         config[LoggingConfig].report_to,

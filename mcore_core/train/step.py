@@ -126,8 +126,8 @@ class Stepper:
             step: Number of this step, from 1.
 
         Raises:
-            RunFailure: The loss is not finite, or nothing trains in several batches in a row. (In
-                one alone no weight changes, and the loss is NaN.)
+            RunFailure: The loss or its gradient is not finite, or nothing trains in several batches
+                in a row. (In one alone no weight changes, and the loss is NaN.)
         """
         begin = time.perf_counter()
         placed = self._guided(self.place(micros))
@@ -166,6 +166,13 @@ class Stepper:
             )
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = 0.0 if self.empty else self.optimizer.step()[1]
+        if grad_norm is not None and not math.isfinite(grad_norm):  # None: float16 skips the step
+            raise RunFailure(
+                "MC804",
+                f"step {step}: the loss is {loss:.6g}, and the norm of its gradients {grad_norm}",
+                "the weights of this step are not saved: checkpoints hold finite ones",
+                "fix: lower --lr, check the data, or train in --torch_dtype bfloat16 or float32",
+            )
         assert self.schedule is not None
         self.schedule.step(1)
         self.timers.optimizer = (

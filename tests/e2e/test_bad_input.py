@@ -390,6 +390,15 @@ def test_no_checkpoint_to_load(start, tmp_path):
     )
 
 
+def test_a_run_folder_that_cannot_be_made(mcore, model, dataset):
+    """It shows only when it is made: as root, or on a file system that takes no files."""
+    ran = mcore(
+        "run", "--plugin", "sft", "--model", model, "--dataset", dataset, "--train_iters", 1,
+        "--save", "/proc/run",
+    )  # fmt: skip
+    refused(ran, "error[MC708]: the run folder /proc/run/v0-", "cannot be written: No such file")
+
+
 @pytest.mark.parametrize("background", ["false", "true"])
 @pytest.mark.parametrize("limit", [60_000, 400_000])
 def test_a_full_disk_while_saving(start, tmp_path, limit, background):

@@ -78,6 +78,27 @@ def test_a_loss_that_is_not_a_number(run, tmp_path):
     assert (tmp_path / "run/report.html").exists()
 
 
+def test_gradients_that_are_not_numbers(run, tmp_path):
+    """With a loss that is one: the step is taken in memory, and never saved."""
+    import dataclasses
+
+    seen = []
+
+    def steep_later(out):
+        seen.append(out.total.requires_grad)
+        steep = out.total + (0 * out.total).sqrt()  # its value, and a gradient of 0 / 0
+        return dataclasses.replace(out, total=steep) if sum(seen) >= 4 else out
+
+    ran = run(spoil(steep_later))
+    assert ran.code == 1, ran.err
+    assert "error[MC804]: step 4: the loss is " in ran.err
+    assert "the norm of its gradients nan" in ran.err
+    assert "Traceback" not in ran.err
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
+    weights = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
 def test_a_batch_in_which_nothing_trains_changes_nothing(run, tmp_path):
     ran = run(weightless({3}))
     assert ran.code == 0, ran.err

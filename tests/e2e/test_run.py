@@ -223,10 +223,18 @@ def test_evaluation(mcore, sft, tmp_path):
     assert found[-1]["eval/loss"] < found[0]["eval/loss"]
 
 
-def test_streaming(mcore, sft, tmp_path):
-    ran = mcore(*sft, "--streaming", "--train_iters", 3, "--save", tmp_path / "stream")
+def test_streaming_and_resuming(mcore, sft, tmp_path):
+    """The stream is read again and what was consumed is skipped: the losses are the same."""
+    common = [*sft, "--streaming", "--shuffle_buffer_size", 30, "--packing", "--packing_length", 60]
+    common += ["--train_iters", 4, "--save_interval", 2, "--add_version", "false"]
+    ran = mcore(*common, "--save", tmp_path / "stream")
     assert ran.code == 0, ran.err
-    assert sorted(losses(ran.folder())) == [1, 2, 3]
+    whole = losses(tmp_path / "stream")
+    assert sorted(whole) == [1, 2, 3, 4]
+    load = tmp_path / "stream/checkpoint-2"
+    resumed = mcore(*common, "--save", tmp_path / "resumed", "--load", load)
+    assert resumed.code == 0, resumed.err
+    assert losses(tmp_path / "resumed") == {step: whole[step] for step in (3, 4)}
 
 
 def test_saving_by_epoch(mcore, sft, dataset, tmp_path):
