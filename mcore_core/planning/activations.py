@@ -86,6 +86,9 @@ class Layers:
         cp = self.layout.cp
         # the output of linear_qkv, of which values are a view
         kept: float = (heads + gate + 2 * keys) * b
+        copies = not self.rows.fused and cp == 1 and not self.rows.recompute.does("core_attn")
+        if copies:  # sequences of like length are laid out together: values are copied
+            kept = keys * b + (kept if gate or shape.qk_layernorm else 0)
         rotated = shape.position_embedding_type == "rope"
         if rotated or shape.qk_layernorm:
             kept += (heads + keys) * b
