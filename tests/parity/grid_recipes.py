@@ -32,13 +32,14 @@ class GridRecipe:
     """For metrics that are small differences of large sums, as rewards are."""
 
 
-def preference(name: str) -> GridRecipe:
+def preference(name: str, **steep: Mapping[str, Any]) -> GridRecipe:
     """Return dpo, kto or rm, with losses of every kind."""
     return GridRecipe(
         build=partial(preference_case.build, name),
         steps=partial(preference_case.data, name),
         groups=preference_case.GROUPS_OF[name],
         options=preference_case.OPTIONS[name],
+        steep=steep,
         absolute=1e-6,
     )
 
@@ -52,7 +53,7 @@ RECIPES: dict[str, GridRecipe] = {
     "sft": GridRecipe(build=sft_case.recipe, steps=sft_case.data, groups=(SFTConfig,)),
     "dpo": preference("dpo"),
     "kto": preference("kto"),
-    "rm": preference("rm"),
+    "rm": preference("rm", gdn={"lr": 0.003}),
     "grpo": GridRecipe(
         build=grpo_case.build,
         steps=partial(grpo_case.data, GRPO),

@@ -33,7 +33,9 @@ def table(results: Path) -> str:
     proven = [c for c in every if c in good]
     states = len({good[c] for c in proven})
     count = f"{len(proven)} of {len(every)} cells passed"
-    count += "." if states == 1 else f", with {states} states of the sources."
+    count += "." if states == 1 else f", at {states} states of the sources."
+    notrun = sum(c not in good and c not in bad for c in every)
+    count += f" {notrun} were not run." if notrun else ""
     rows = [
         "| layout | ranks | " + " | ".join(ARCHITECTURES) + " |",
         "|---|---|" + "---|" * len(ARCHITECTURES),
