@@ -229,6 +229,12 @@ def test_adapters_replace_each_other(inside, tmp_path):
         folder = Path(engine.loras[0].lora_path)
         assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in files)
         assert not Path(engine.asked[0][2].lora_path).exists()
+        await update(client, 2, [files[0]])
+        assert engine.loras == [], "whole weights have the adapter in them"
+        await ask(client, request(), version=2)
+        assert engine.asked[-1][2] is None
+        again = await update(client, 3, files, kind="adapter")
+        assert again.status_code == 400 and "start the server anew" in again.text
         engine.vllm_config.lora_config = None
         assert "vllm_enable_lora" in (await update(client, 2, files, kind="adapter")).text
 

@@ -107,6 +107,8 @@ class Policy:
         self.folder = tempfile.mkdtemp(prefix="mcore-rollout-")
         self._workers: list[dict[str, Any]] = []
         self._adapter: Any = None
+        self._replaced = False
+        """Whether the weights are no more those of the start."""
         self._updates = 0
         self._open = asyncio.Event()
         self._open.set()
@@ -252,6 +254,8 @@ class Policy:
         return {"version": version, "tensors": tensors, "seconds": time.perf_counter() - begin}
 
     async def _load(self, version: int, paths: list[str]) -> int:
+        self._replaced = True
+        await self._drop_adapter()
         done = await self.engine.collective_rpc("mcore_load", args=(paths, version))
         seen = {one["version"] for one in done}
         if seen != {version}:
@@ -269,6 +273,12 @@ class Policy:
             raise Refused(
                 400, error="the server takes no adapters: it was started without --vllm_enable_lora"
             )
+        if self._replaced:
+            raise Refused(
+                400,
+                error="an earlier run has replaced the weights that the adapter is for: start the "
+                "server anew",
+            )
         self._updates += 1
         folder = os.path.join(self.folder, f"adapter-{self._updates}")
         os.mkdir(folder)
@@ -277,11 +287,15 @@ class Policy:
         adapter = LoRARequest(f"mcore-{version}", self._updates, folder)
         if not await self.engine.add_lora(adapter):
             raise RuntimeError("vLLM did not load the adapter")
+        await self._drop_adapter()
+        self._adapter = adapter
+        return 1
+
+    async def _drop_adapter(self) -> None:
         if self._adapter is not None:
             await self.engine.remove_lora(self._adapter.lora_int_id)
             shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
-        self._adapter = adapter
-        return 1
+        self._adapter = None
 
 
 async def stream(policy: Policy, asked: dict[str, Any], receive: Any, send: Any) -> None:
