@@ -42,10 +42,14 @@ def inside(monkeypatch):
 
 
 class Engine:
-    """Gives a token each 5 ms; the token is how many came before it."""
+    """Gives one token after another; each is how many came before it.
+
+    With `pause` it stops after so many tokens, until the request is aborted.
+    """
 
     def __init__(self):
         self.asked, self.aborted, self.calls, self.loras, self.missing = [], set(), [], [], []
+        self.pause, self.paused = None, asyncio.Event()
         model = SimpleNamespace(model="m", max_model_len=64, get_vocab_size=lambda: 99)
         self.vllm_config = SimpleNamespace(
             lora_config=SimpleNamespace(max_lora_rank=16), model_config=model
@@ -57,7 +61,10 @@ class Engine:
             raise ValueError("too long")
         tokens, reason = [], "length"
         while len(tokens) < params.max_tokens:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
+            while len(tokens) == self.pause and request_id not in self.aborted:
+                self.paused.set()
+                await asyncio.sleep(0.005)
             if request_id in self.aborted:
                 reason = "abort"
                 break
@@ -68,6 +75,7 @@ class Engine:
 
     async def abort(self, ids):
         self.aborted |= set(ids)
+        self.pause = None
 
     async def collective_rpc(self, method, args=()):
         self.calls.append((method, *args))
@@ -155,13 +163,14 @@ def test_only_the_weights_of_the_run_answer(inside, weights):
 def test_new_weights_go_on_with_what_is_under_way(inside, weights):
     async def talk(client, engine):
         await update(client, 0, [weights])
+        engine.pause = 5
         asked = asyncio.create_task(ask(client, request(tokens=40)))
-        await asyncio.sleep(0.06)
+        await engine.paused.wait()
         await update(client, 3, [weights])
         line = lines(await asked)["a"]
         assert line["tokens"] == list(range(3, 43)) and line["stop"] == "length"
         (zero, n), (three, m) = line["versions"]
-        assert (zero, three, n + m) == (0, 3, 40) and n > 0
+        assert (zero, three, n, m) == (0, 3, 5, 35)
         first, second = engine.asked
         assert second[0] == [1, 2, 3, *range(3, 3 + n)] and second[1].max_tokens == 40 - n
         assert first[1].seed != second[1].seed and first[1].ignore_eos
@@ -172,11 +181,12 @@ def test_new_weights_go_on_with_what_is_under_way(inside, weights):
 def test_what_is_cancelled_comes_with_what_it_has(inside, weights):
     async def talk(client, engine):
         await update(client, 0, [weights])
-        asked = asyncio.create_task(ask(client, request("a", tokens=500), request("b")))
-        await asyncio.sleep(0.08)
+        engine.pause = 5
+        asked = asyncio.create_task(ask(client, request("a", tokens=50), request("b")))
+        await engine.paused.wait()
         await client.post("/mcore/cancel", json={"ids": ["a", "unknown"]})
         found = lines(await asked)
-        assert found["a"]["stop"] == "cancelled" and 0 < len(found["a"]["tokens"]) < 500
+        assert found["a"]["stop"] == "cancelled" and len(found["a"]["tokens"]) == 5
         assert found["b"]["stop"] == "length"
         assert "a" in lines(await ask(client, request("a"))), "its id may come again"
 
