@@ -101,6 +101,7 @@ def test_fifty_merged_saves_leave_the_base_as_it_was(mcore, lora, model, tmp_pat
     ran = mcore(
         *lora, "--train_iters", 50, "--save_interval", 1, "--save_retain_interval", 50,
         "--save", tmp_path / "run", "--torch_dtype", "bfloat16", "--no_save_optim",
+        timeout=600,
     )  # fmt: skip
     assert ran.code == 0, ran.err
     folders = sorted(p.name for p in (tmp_path / "run").iterdir() if "checkpoint" in p.name)
