@@ -20,10 +20,10 @@ from mcore_core.rollout import Services as Services
 from mcore_core.rollout import Split as Split
 from mcore_core.rollout import Turn as Turn
 from mcore_core.rollout import TurnScheduler as TurnScheduler
+from mcore_core.tuning import Tuner as Tuner
+from mcore_core.tuning import TunerContext as TunerContext
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -339,53 +339,6 @@ class Bridge(Protocol):
         self, rules: "Sequence[Rule]", tensors: "Mapping[str, Tensor]", file: Path
     ) -> None:
         """Write such a file; collective."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TunerContext:
-    """What a tuner is built from."""
-
-    config: "RunConfig"
-    family: "Family"
-    architecture: "Architecture"
-    bridge: Bridge | None = None
-    """Reads and writes files; None where there are none, as in tests of layouts."""
-
-
-class Tuner(Protocol):
-    """Decides which parameters train and what is saved."""
-
-    partial: bool
-    """True where checkpoints hold only what trains: the rest is the model that the run names."""
-    mergeable: bool
-    """True where `merged` gives a model of the same architecture."""
-
-    def __init__(self, context: TunerContext, /) -> None:
-        """Read the options. Raises UsageError naming every problem."""
-
-    def apply(self, chunks: Sequence[ModelChunk]) -> None:
-        """Freeze parameters, or add some, before weights are loaded and the optimizer exists."""
-
-    def load(self, chunks: Sequence[ModelChunk]) -> None:
-        """Fill what was added from what the run starts from, once weights are there; collective."""
-
-    def disabled(self, chunks: Sequence[ModelChunk]) -> "AbstractContextManager[None]":
-        """Let the model compute what it computed before it was tuned, for a while."""
-
-    def merged(self, chunks: Sequence[ModelChunk]) -> "Mapping[str, Tensor]":
-        """Return this rank's weights by canonical name, as if the tuned model had no other parts.
-
-        The model's own are left as they are. Values may be computed when they are asked for.
-        """
-
-    def absorb(self, chunks: Sequence[ModelChunk]) -> None:
-        """Put what `merged` returns in the place of the weights, for good: before an export."""
-
-    def export(self, chunks: Sequence[ModelChunk], path: Path) -> None:
-        """Write the trained part in its interchange format, if it has one; collective."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return what two runs must share for one to go on from the other's checkpoint, as JSON."""
 
 
 class DatasetLoader(Protocol):

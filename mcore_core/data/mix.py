@@ -1,7 +1,9 @@
 """Choose and order the rows of several sources: pick, join, split, interleave."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -47,14 +49,14 @@ class Joined(Rows):
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def _locate(self, index: int) -> tuple[Rows, int]:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+        part = bisect_right(self.ends, index)
+        return self.parts[part], index - (self.ends[part - 1] if part else 0)
 
     def get(self, index: int) -> Row:
         """Return one row."""
@@ -77,8 +79,8 @@ class Units(Sequence[Unit]):
     def __init__(self, parts: Sequence[Sequence[Unit]], index: Index | None = None) -> None:
         """Take the units at `index` of the joined parts; None takes all, in order."""
         self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self.chosen = np.arange(self.ends[-1] if len(self.ends) else 0) if index is None else index
+        self.ends = list(accumulate(len(part) for part in parts))
+        self.chosen = np.arange(self.ends[-1] if self.ends else 0) if index is None else index
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -87,8 +89,8 @@ class Units(Sequence[Unit]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = int(self.chosen[index])
-        part = int(np.searchsorted(self.ends, at, side="right"))
-        return self.parts[part][at - (int(self.ends[part - 1]) if part else 0)]
+        part = bisect_right(self.ends, at)
+        return self.parts[part][at - (self.ends[part - 1] if part else 0)]
 
     def reordered(self, order: Index) -> "Units":
         """Return the units at these positions of this sequence."""

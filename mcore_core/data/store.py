@@ -7,9 +7,11 @@ and renamed when complete.
 import errno
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -147,7 +149,7 @@ class UnitTable(Sequence[Unit]):
         self._readers: dict[int, dict[str, Callable[[int], Any]]] = {}
         lengths = [b.column("length").to_numpy() for b in self._open()]
         self.lengths: NDArray[np.int64] = np.concatenate(lengths).astype(np.int64)
-        self._ends = np.cumsum([len(x) for x in lengths])
+        self._ends = list(accumulate(len(x) for x in lengths))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_batches": None, "_readers": {}}
@@ -180,8 +182,8 @@ class UnitTable(Sequence[Unit]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        at = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - (int(self._ends[at - 1]) if at else 0)
+        at = bisect_right(self._ends, index)
+        row = index - (self._ends[at - 1] if at else 0)
         return {name: column(row) for name, column in self._columns(at).items()}
 
     def _columns(self, at: int) -> dict[str, Callable[[int], Any]]:

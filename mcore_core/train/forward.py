@@ -20,6 +20,7 @@ from torch import Tensor
 from mcore_core.model.head import VocabRange, local_loss, log_probabilities
 from mcore_core.model.names import unwrap
 from mcore_core.model.scores import scores, some_logits
+from mcore_core.parallel.reduce import RowReduce
 from mcore_core.protocols import HeadOut, LossOutput
 from mcore_core.train.place import Ahead, Placed, select
 
@@ -183,7 +184,7 @@ class ForwardStep:
         batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
         if recipe.head.output != "logps":
             out = self._values(placed, chunk, hidden)
-            return recipe.loss(out, select(batch, placed.trained), reduce.take(placed.trained))
+            return recipe.loss(out, *self._trained(placed))
         weight = unwrap(chunk).head_weight()
         hidden_TH = self.whole(hidden)
         if not recipe.token_local:
@@ -192,14 +193,16 @@ class ForwardStep:
             )
             return recipe.loss(out, batch, reduce)
         # a token without weight changes nothing in a token-local loss: its logits are never made
-        kept = placed.trained
-        batch, reduce = select(batch, kept), reduce.take(kept)
+        batch, reduce = self._trained(placed)
+        tokens = len(batch.targets_T)
 
         def of_slice(out: HeadOut, where: slice) -> LossOutput:
+            if where.stop - where.start == tokens:
+                return recipe.loss(out, batch, reduce)
             return recipe.loss(out, select(batch, where), reduce.take(where))
 
         return local_loss(
-            hidden_TH.index_select(0, kept),
+            hidden_TH if tokens == len(hidden_TH) else hidden_TH.index_select(0, placed.trained),
             weight,
             batch.targets_T,
             of_slice,
@@ -208,11 +211,18 @@ class ForwardStep:
             teacher=placed.teacher,
         )
 
+    def _trained(self, placed: Placed) -> tuple[Any, RowReduce]:
+        """Return a micro-batch with the tokens that have a weight alone."""
+        kept, batch, reduce = placed.trained, placed.batch, placed.reduce
+        if len(kept) == len(batch.weights_T):
+            return batch, reduce
+        return select(batch, kept), reduce.take(kept)
+
     def count(self, placed: Placed) -> Tensor:
         """Return this rank's share of the count, which depends on the batch only."""
         batch, reduce, head = placed.batch, placed.reduce, self.recipe.head
         if self.recipe.token_local or head.output != "logps":
-            batch, reduce = select(batch, placed.trained), reduce.take(placed.trained)
+            batch, reduce = self._trained(placed)
         zeros_T = torch.zeros(len(batch.targets_T), device=batch.targets_T.device)
         wide = {"scores": head.scores, "hidden": self.hidden_size, "logits": len(head.tokens)}
         values_TN = (

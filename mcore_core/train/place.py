@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,29 +95,31 @@ def place(
     padded = padded_lengths(batch.lengths, layout, row_multiple)
     real = list(batch.lengths) or [0]
     cu = [0, *accumulate(padded)]
-    source = torch.full((cu[-1],), -1, dtype=torch.long)
-    position = torch.zeros(cu[-1], dtype=torch.long)
-    sequence = torch.zeros(cu[-1], dtype=torch.long)
-    taken = 0
-    for i, (start, length, full) in enumerate(zip(cu, real, padded, strict=False)):
-        source[start : start + length] = torch.arange(taken, taken + length)
-        position[start : start + full] = torch.arange(full)
-        sequence[start : start + full] = i
-        taken += length
-    mine = zigzag_index(cu, cp_rank, layout.cp)
-    source, position, sequence = source[mine], position[mine], sequence[mine]
+    every = np.arange(cu[-1])
+    sequence = np.repeat(np.arange(len(padded)), padded)
+    position = every - np.asarray(cu[:-1])[sequence]
+    # before a sequence there is the padding of those before it
+    added = np.asarray(cu[:-1]) - np.asarray([0, *accumulate(real)][:-1])
+    source = np.where(position < np.asarray(real)[sequence], every - added[sequence], -1)
+    if layout.cp > 1:
+        mine = zigzag_index(cu, cp_rank, layout.cp).numpy()
+        source, position, sequence = source[mine], position[mine], sequence[mine]
     is_real = source >= 0
+    source_T = torch.from_numpy(source)
+    whole = layout.cp == 1 and cu[-1] == sum(batch.lengths)
 
     def gather(values_T: Tensor) -> Tensor:
+        if whole:
+            return values_T
         if not len(values_T):
-            return values_T.new_zeros(len(source), *values_T.shape[1:])
-        picked_T = values_T[source.clamp(min=0)]
-        picked_T[~is_real] = 0
+            return values_T.new_zeros(len(source_T), *values_T.shape[1:])
+        picked_T = values_T[source_T.clamp(min=0)]
+        picked_T[source_T < 0] = 0
         return picked_T
 
     routing_TLK = None
     if batch.routing_TLK is not None:
-        routing_TLK = torch.where(is_real[:, None, None], gather(batch.routing_TLK), -1)
+        routing_TLK = torch.where((source_T >= 0)[:, None, None], gather(batch.routing_TLK), -1)
     local = dataclasses.replace(_map_tokens(batch, gather), routing_TLK=None)
     trained = local.weights_T.nonzero().squeeze(-1)
 
@@ -124,17 +127,20 @@ def place(
         # from pinned memory a copy does not wait for what the device still computes
         return (values.pin_memory() if pin_memory else values).to(device, non_blocking=True)
 
-    row = PackedRow.build(cu, move(position), move(torch.where(is_real, sequence + 1, 0)))
+    numbered = np.where(is_real, sequence + 1, 0)
+    row = PackedRow.build(cu, move(torch.from_numpy(position)), move(torch.from_numpy(numbered)))
     if routing_TLK is not None:
         row.routing_TLK = move(routing_TLK)
-    owns_S = torch.zeros(len(real), dtype=torch.bool)
+    owns_S = np.zeros(len(real), dtype=np.bool_)
     owns_S[sequence[(position == 0) & is_real]] = True
     return Placed(
         batch=_move(local, move),
         row=row,
-        reduce=RowReduce(move(sequence), move(owns_S), cp_group, dp_group),
+        reduce=RowReduce(
+            move(torch.from_numpy(sequence)), move(torch.from_numpy(owns_S)), cp_group, dp_group
+        ),
         trained=move(trained),
-        source=source,
+        source=source_T,
         tokens=sum(batch.lengths),
         ahead=tuple(_ahead(batch, depth, gather, move) for depth in range(1, depths + 1)),
     )
