@@ -108,6 +108,7 @@ DEEPSEEK_MOE = {
     "norm_topk_prob": True,
 }
 UNGROUPED = {"n_group": 1, "topk_group": 1}
+THREE_GROUPS = {"n_group": 4, "topk_group": 3}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 12,
@@ -166,7 +167,8 @@ CASES: dict[str, FamilyCase] = {
     "qwen3_5_moe_text": experts("qwen3_5_moe_text", **GDN, **QWEN_MOE, **SHARED),
     "deepseek_v2": experts(
         "deepseek_v2",
-        **DEEPSEEK_MOE | MLA | UNGROUPED | {"norm_topk_prob": False},
+        **DEEPSEEK_MOE | MLA | THREE_GROUPS | {"norm_topk_prob": False},
+        topk_method="group_limited_greedy",
         rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
     ),
     "deepseek_v2-lite": experts(
@@ -175,7 +177,7 @@ CASES: dict[str, FamilyCase] = {
     ),
     "deepseek_v3": experts(
         "deepseek_v3",
-        **DEEPSEEK_MOE,
+        **DEEPSEEK_MOE | THREE_GROUPS,
         **MLA,
         **NO_MTP,
         rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},

@@ -17,7 +17,8 @@ class PrecisionConfig(ConfigGroup):
     bf16: bool | None = None
     """Train in bfloat16 with float32 main weights."""
     apply_query_key_layer_scaling: bool | None = None
-    """Divide attention scores by the layer's number, against overflow in float16."""
+    """Divide attention scores by the layer's number, and multiply again within the softmax: against
+    overflow of scores in 16 bits, which are never held here; true is refused."""
     attention_softmax_in_fp32: bool = True
     """Compute the softmax of attention in float32."""
 

@@ -59,8 +59,6 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         self.softmax_scale = (
             softmax_scale or config.shape.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         )
-        if config.apply_query_key_layer_scaling:
-            self.softmax_scale /= self.layer + 1
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = config.window_of(self.layer)
         # latent attention rotates a part of its heads itself, before it comes here

@@ -137,7 +137,6 @@ def decoder_config(
         "attention_dropout": shape.attention_dropout,
         "hidden_dropout": shape.hidden_dropout,
         "init_method_std": shape.initializer_range,
-        "apply_query_key_layer_scaling": bool(precision.apply_query_key_layer_scaling),
         "attention_softmax_in_fp32": precision.attention_softmax_in_fp32,
         # layouts
         "tensor_model_parallel_size": layout.tp,

@@ -215,11 +215,11 @@ def _check_quantization(reader: ConfigReader) -> None:
     if not given:
         return
     block = given.get("weight_block_size") if isinstance(given, Mapping) else None
-    if block and given.get("quant_method") == "fp8":
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method == "mxfp4" or (block and method == "fp8"):
         return  # dequantized while loading
     reader.refuse(
         "quantization_config",
-        "of quantized weights only fp8 with weight_block_size can be read, and others cannot be "
-        "trained",
+        "of quantized weights only fp8 with weight_block_size and mxfp4 can be read",
         "use the original weights",
     )

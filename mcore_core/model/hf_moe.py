@@ -40,17 +40,23 @@ def sigmoid_experts(reader: "ConfigReader", layers: Sequence[int], **own: Any) -
         key = "norm_topk_prob" if topk != 1 else "num_experts_per_tok"
         why = "weights of the chosen experts are always normalized here, and only if several"
         reader.refuse(key, why, "use another model")
+    values |= {"score_function": "sigmoid", "expert_bias": True} | own
+    return MoEShape(**(values | expert_groups(reader, values["num_experts"], topk)))
+
+
+def expert_groups(reader: "ConfigReader", experts: int, topk: int) -> dict[str, int]:
+    """Return the fields of MoEShape that limit a token to some groups of experts, if any do."""
     groups, chosen = reader.size("n_group", 1), reader.size("topk_group", 1)
-    if groups > 1 and chosen < groups:
-        if topk // chosen != 2:  # what megatron-core sums of each group
-            reader.refuse(
-                "topk_group",
-                f"groups are ranked here by their best {topk // chosen} experts "
-                f"(num_experts_per_tok / topk_group), in {reader.family} by their best 2",
-                "use another model",
-            )
-        values |= {"num_groups": groups, "group_topk": chosen}
-    return MoEShape(**(values | {"score_function": "sigmoid", "expert_bias": True} | own))
+    if groups == 1 or chosen >= groups:
+        return {}
+    if experts % groups:
+        reader.refuse(
+            "n_group", f"{experts} experts do not divide into as many groups", "correct it"
+        )
+    elif topk > chosen * (experts // groups):
+        why = f"in as many groups of {experts // groups} experts a token does not find its {topk}"
+        reader.refuse("topk_group", why, "correct it")
+    return {"num_groups": groups, "group_topk": chosen}
 
 
 def _common(reader: "ConfigReader", own: dict[str, Any]) -> dict[str, Any]:

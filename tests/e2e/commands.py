@@ -173,3 +173,12 @@ def until(condition, timeout=60):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return found
+
+
+def refused(ran, *texts):
+    """The command ended with exit code 2 and a message that holds the texts, no traceback."""
+    assert ran.code == 2, (ran.code, ran.err)
+    for text in texts:
+        assert text in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.err.count("error[") == 1, ran.err

@@ -111,3 +111,17 @@ def sft(model, dataset):
         "run", "--plugin", "sft", "--model", model, "--dataset", dataset,
         "--num_workers", "0", "--lr", "1e-3", "--micro_batch_size", "2", "--global_batch_size", "8",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def start(mcore, model, dataset, tmp_path):
+    """Run sft for two steps with another model or dataset."""
+
+    def run(*more, model=model, dataset=dataset, **options):
+        return mcore(
+            "run", "--plugin", "sft", "--model", model, "--dataset", dataset, "--train_iters", 2,
+            "--num_workers", 0, "--global_batch_size", 4, "--save", tmp_path / "run", *more,
+            **options,
+        )  # fmt: skip
+
+    return run

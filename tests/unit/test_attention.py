@@ -227,12 +227,10 @@ def test_rope_turns_queries_and_keys_by_the_row(monkeypatch):
 
 
 def test_scale():
-    """The default is 1 / sqrt(head size); query-key layer scaling divides by the HF layer."""
+    """The default is 1 / sqrt(head size)."""
     assert build().softmax_scale == 1 / math.sqrt(SIZE)
-    config = build(apply_query_key_layer_scaling=True).config
+    config = build().config
     pgs = SimpleNamespace(tp=One(), cp=One())
-    third = CoreAttention(config, 5, None, "self", pg_collection=pgs)  # position 5 is HF layer 2
-    assert third.softmax_scale == 1 / math.sqrt(SIZE) / 3
     given = CoreAttention(config, 1, None, "self", softmax_scale=0.5, pg_collection=pgs)
     assert given.softmax_scale == 0.5
 

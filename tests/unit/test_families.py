@@ -115,7 +115,7 @@ def test_windows_equal_transformers():
         ({"hidden_act": "mish"}, "hidden_act = 'mish': qwen2 supports silu, swish, gelu"),
         (
             {"quantization_config": {"bits": 4}},
-            "of quantized weights only fp8 with weight_block_size",
+            "of quantized weights only fp8 with weight_block_size and mxfp4",
         ),
         ({"vocab_size": 0}, "vocab_size = 0: qwen2 needs a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers = None: qwen2 needs a positive integer"),
@@ -154,7 +154,7 @@ REFUSED = {
         {"use_bidirectional_attention": True},
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
     ),
-    "gpt_oss": ({}, {"swiglu_alpha": 1.5}, {"quantization_config": {"quant_method": "mxfp4"}}),
+    "gpt_oss": ({}, {"swiglu_alpha": 1.5}, {"quantization_config": {"quant_method": "gptq"}}),
     "stablelm": (
         {},
         {"qk_layernorm": True},
@@ -168,7 +168,7 @@ REFUSED = {
     "minimax_m2": ({}, {"scoring_func": "softmax"}, {"use_qk_norm": False}),
     "deepseek_v2": (
         DEEPSEEK | {"norm_topk_prob": False},
-        {"topk_method": "group_limited_greedy"},
+        {"topk_method": "noaux_tc"},
         {"norm_topk_prob": True},
         {"scoring_func": "sigmoid"},
         {"mlp_bias": True},

@@ -69,7 +69,7 @@ def coverage(plans: "Sequence[Plan]", folder: "Path") -> Coverage:
         for pattern, reason in reasons.items()
         if re.fullmatch(pattern, name)
     }
-    ignored |= dict.fromkeys(files.scales, "scales of fp8 blocks, applied while loading")
+    ignored |= dict.fromkeys(files.scales, "part of an fp8 or mxfp4 weight, read with it")
     problems = shorten(plan.check_files(files))
     return Coverage(plan.family.name, list(claims.values()), ignored, problems)
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.model.weight_files import AGAIN, INDEX, file_names, read_header
+from mcore_hfbridge import mxfp4
 from mcore_hfbridge.fp8 import dequantized, read_block
 
 if TYPE_CHECKING:
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
     from mcore_core.model.family import Shape
 
+MXFP4 = "MXFP4"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that can be read as they are."""
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
-"""Bytes an element of the dtypes that can be read; fp8 only with scales."""
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, MXFP4: 4}
+"""Bytes an element of the dtypes that can be read; fp8 only with scales, mxfp4 as float32."""
 SCALE = "_scale_inv"
 """What the name of an fp8 weight's block scales adds to its own."""
 
@@ -36,7 +38,7 @@ class HFTensor:
     """As safetensors spells it: F32, BF16."""
     shape: "Shape"
     scale: str = ""
-    """Name of its block scales, where it is fp8."""
+    """Name of its block scales, where it is fp8 or mxfp4."""
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class HFFiles:
     folder: Path
     tensors: Mapping[str, HFTensor]
     scales: frozenset[str] = frozenset()
-    """Tensors that are block scales of others."""
+    """Tensors that are block scales of others, or their packed blocks."""
     block: "Shape" = ()
     """Rows and columns that share one scale."""
     _open: dict[str, Any] = field(default_factory=dict)
@@ -88,8 +90,10 @@ class HFFiles:
             if tensor.dtype == "F8_E4M3" and name + SCALE in tensors
         }
         block = read_block(folder) if scaled else ()
-        scales = frozenset(tensor.scale for tensor in scaled.values())
-        return cls(folder, tensors | scaled, scales, block)
+        packed = _packed(tensors)
+        parts = [tensor.scale for tensor in (*scaled.values(), *packed.values())]
+        scales = frozenset((*parts, *(name + mxfp4.BLOCKS for name in packed)))
+        return cls(folder, tensors | scaled | packed, scales, block)
 
     @contextmanager
     def reading(self) -> "Iterator[HFFiles]":
@@ -100,7 +104,10 @@ class HFFiles:
             self._open.clear()
 
     def read(self, name: str, slices: tuple[slice, ...]) -> "Tensor":
-        """Return one box of a tensor, on the CPU, in the file's dtype; fp8 as float32."""
+        """Return one box of a tensor, on the CPU, in the file's dtype; fp8 and mxfp4 as float32."""
+        if self.tensors[name].dtype == MXFP4:
+            blocks, scales = name + mxfp4.BLOCKS, self.tensors[name].scale
+            return mxfp4.unpacked(slices, partial(self._read, blocks), partial(self._read, scales))
         box = self._read(name, slices)
         scale = self.tensors[name].scale
         return dequantized(box, slices, self.block, partial(self._read, scale)) if scale else box
@@ -116,6 +123,19 @@ class HFFiles:
                 "MC522", f"{self.folder / file} cannot be read at {name!r}: {error}", AGAIN
             ) from error
         return box
+
+
+def _packed(tensors: Mapping[str, HFTensor]) -> dict[str, HFTensor]:
+    """Return what the blocks and scales of mxfp4 among the tensors stand for."""
+    found = {}
+    for blocks in tensors.values():
+        name = blocks.name.removesuffix(mxfp4.BLOCKS)
+        scales = tensors.get(name + mxfp4.SCALES)
+        if name == blocks.name or scales is None or {blocks.dtype, scales.dtype} != {"U8"}:
+            continue
+        if shape := mxfp4.shape_of(blocks.shape, scales.shape):
+            found[name] = HFTensor(name, blocks.file, MXFP4, shape, scales.name)
+    return found
 
 
 def _check_index(

@@ -45,6 +45,7 @@ EVERYWHERE = """
 DENSE_LAYOUTS = ("TP2", "PP2", "TP2+PP2")
 MOE_LAYOUTS = ("TP2+EP2", "EP2", "PP2", "TP2+ETP2", "TP2+PP2", "PP2+EP2")
 _SMALL = {
+    "n_group": 1,
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 4,

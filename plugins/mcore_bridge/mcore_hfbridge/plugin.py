@@ -19,7 +19,7 @@ FAMILIES = {
     "qwen3_next": "Qwen3-Next",
     "qwen3_5_text": "Qwen3.5, dense, text only",
     "qwen3_5_moe_text": "Qwen3.5 with experts, text only",
-    "deepseek_v2": "DeepSeek-V2-Lite",
+    "deepseek_v2": "DeepSeek-V2 and V2-Lite",
     "deepseek_v3": "DeepSeek-V3 and R1",
     "kimi_k2": "Kimi K2",
     "glm": "GLM-4-9B",

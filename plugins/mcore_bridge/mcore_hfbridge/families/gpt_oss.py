@@ -51,5 +51,5 @@ FAMILY = Family(
     architectures=("GptOssForCausalLM",),
     architecture=architecture,
     rules=partial(moe_decoder, moe_names=NAMES),
-    notes=("mxfp4 weights are refused: use a bf16 copy",),
+    notes=("mxfp4 weights are dequantized while loading and saved in the run's type",),
 )
