@@ -103,6 +103,9 @@ def reason(architecture: str, name: str) -> str | None:
         return "no experts to divide"
     if shape.moe is not None and sizes.tp > 1 and not sizes.sp:
         return "megatron-core has no MoE under TP without SP"
+    linear = shape.linear_attention
+    if linear is not None and linear.num_key_heads % (sizes.tp * sizes.cp):
+        return "more ranks of TP x CP than heads of linear attention (MC618)"
     return None
 
 
