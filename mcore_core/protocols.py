@@ -84,10 +84,10 @@ class Divergence:
 class HeadSpec:
     """What a loss needs of each token: something of its distribution, or other numbers.
 
-    With an `output` other than logps the head computes only the tokens with a weight, and the loss
-    is given these alone: every `_T` field of the batch, `reduce` and `values_TN` hold them in their
-    order, so that `reduce.per_seq(values_TN)` sums what each sequence has, also under context
-    parallelism. To read the last token of each sequence, a recipe gives it weight 1
+    The head computes only the tokens with a weight, and the loss is given these alone: every `_T`
+    field of the batch, `reduce` and what the head gives hold them in their order, so that
+    `reduce.per_seq(values_TN)` sums what each sequence has, also under context parallelism. To read
+    the last token of each sequence, a recipe gives it weight 1
     (`mcore_core.data.collate.pack_marked`).
     """
 
@@ -101,15 +101,23 @@ class HeadSpec:
     """Ids of the vocabulary entries whose logits are wanted, N of them."""
     entropy: bool = False
     """Also compute the entropy of the distribution (no gradient); with output logps."""
+    summary: bool = False
+    """Also compute each token's mean logit, and whether its target is the likeliest one."""
     temperature: float = 1.0
     """Divides the logits."""
     divergence: Divergence | None = None
     """Also compute the divergence from a frozen model; for losses that are token-local."""
 
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Fields of `HeadOut` that are wanted beside the log-probabilities."""
+        entropy = ("entropy_T",) if self.entropy else ()
+        return (*entropy, "mean_logit_T", "top_T") if self.summary else entropy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOut:
-    """What the head computed, float32, for this rank's tokens."""
+    """What the head computed, float32, for this rank's tokens with a weight."""
 
     logps_T: "Tensor"
     """Log-probability of each target, in nats; zeros with another `HeadSpec.output`."""
@@ -117,6 +125,10 @@ class HeadOut:
     """Entropy of each position's distribution, in nats."""
     divergence_T: "Tensor | None" = None
     """Divergence of each position's distribution from the teacher's, in nats."""
+    mean_logit_T: "Tensor | None" = None
+    """Mean of each position's logits over the vocabulary, before the temperature."""
+    top_T: "Tensor | None" = None
+    """1 where no token is likelier than the target, else 0."""
     values_TN: "Tensor | None" = None
     """Scores, hidden states or logits, as `HeadSpec.output` says."""
 
@@ -137,6 +149,10 @@ class LossOutput:
     rows: "Tensor | None" = None
     """What an evaluation keeps of this micro-batch, [R, N], for `Recipe.summarize`; the same on
     every context-parallel rank."""
+    highest: "Mapping[str, Tensor]" = field(default_factory=dict)
+    """Name -> a number; the metric is the largest of all shares. -inf where there is none."""
+    lowest: "Mapping[str, Tensor]" = field(default_factory=dict)
+    """Name -> a number; the metric is the smallest of all shares. inf where there is none."""
 
 
 class Reduce(Protocol):

@@ -2,7 +2,8 @@
 
 No [tokens, vocabulary] tensor in float32 exists beyond one chunk. A *token-local* loss is called on
 each chunk while its logits are at hand, so one pass gives loss and gradients without recomputation;
-any other loss gets the log-probabilities of all tokens, and the backward pass recomputes logits.
+any other loss gets the log-probabilities of all tokens, and the backward pass recomputes logits
+unless one chunk held them all.
 
 Shapes: T tokens, C tokens of a chunk, V this rank's vocabulary rows, H hidden size.
 """
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from mcore_core.parallel.shares import Shares
 from mcore_core.protocols import HeadOut, HeadSpec, LossOutput
 
 if TYPE_CHECKING:
@@ -75,6 +77,11 @@ def _sum(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
     return x.exp().sum(-1).unsqueeze(0)
 
 
+def _total(logits_CV: Tensor) -> Tensor:
+    """Return the sum of the logits, [1, C]."""
+    return logits_CV.float().sum(-1).unsqueeze(0)
+
+
 def _slope(logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float) -> Tensor:
     """Turn logits, in place, into -grad * softmax / t: the dense part of d loss / d logits."""
     p = ((logits_CV.float() - peak_C.unsqueeze(-1)) / t - lse_C.unsqueeze(-1)).exp()
@@ -98,6 +105,7 @@ def _kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
         "peak": _peak,
         "sum": _sum,
         "sums": _sums,
+        "total": _total,
         "slope": _slope,
     }
     if fused:
@@ -134,11 +142,22 @@ class _Chunk:
             picked_C = self.logits_CV.gather(-1, self.index_C1).squeeze(-1).float() - self.peak_C
             picked_C = torch.where(self.mine_C, picked_C / spec.temperature, 0.0)
         kernel = self.kernels["sums" if spec.entropy else "sum"]
-        sums = torch.cat((kernel(self.logits_CV, self.peak_C, spec.temperature), picked_C[None]))
+        parts = [kernel(self.logits_CV, self.peak_C, spec.temperature), picked_C[None]]
+        if spec.summary:
+            rows_1C = torch.full_like(picked_C, vocab.rows)[None]
+            parts += [self.kernels["total"](self.logits_CV), rows_1C]
+        sums = torch.cat(parts)
         vocab.reduce(sums)
         self.lse_C = sums[0].log()
-        self.logps_C = sums[-1] - self.lse_C
-        self.entropy_C = self.lse_C - sums[1] / sums[0] if spec.entropy else None
+        picked_C = sums[1 + spec.entropy]
+        self.logps_C = picked_C - self.lse_C
+        self.facts: dict[str, Tensor] = {}
+        """Fields of HeadOut beside the log-probabilities."""
+        if spec.entropy:
+            self.facts["entropy_T"] = self.lse_C - sums[1] / sums[0]
+        if spec.summary:
+            self.facts["mean_logit_T"] = sums[-2] / sums[-1]
+            self.facts["top_T"] = (picked_C >= 0).float()
 
     def d_logits(self, grad_C: Tensor) -> Tensor:
         """Return the gradient of the logits from that of the log-probabilities; once only.
@@ -179,7 +198,7 @@ class _Gradients:
         if more_CV is not None:
             d_logits_CV[:, : more_CV.shape[1]] += more_CV
         if self.hidden_TH is not None:
-            torch.mm(d_logits_CV, chunk.weight_VH, out=self.hidden_TH[where])
+            self.hidden_TH[where] = torch.mm(d_logits_CV, chunk.weight_VH)
         if self.weight_VH is not None:
             rows = self.weight_VH[: d_logits_CV.shape[1]]
             _accumulate(rows, d_logits_CV, chunk.hidden_CH)
@@ -187,7 +206,7 @@ class _Gradients:
 
 def _accumulate(rows_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None:
     """Add d_logits^T hidden to a float32 sum."""
-    if d_logits_CV.dtype is torch.float32:
+    if d_logits_CV.is_cuda and d_logits_CV.dtype is torch.float32:
         rows_VH.addmm_(d_logits_CV.t(), hidden_CH)
     elif d_logits_CV.is_cuda:  # one kernel that reads 16 bits and adds in 32
         torch.addmm(rows_VH, d_logits_CV.t(), hidden_CH, out_dtype=torch.float32, out=rows_VH)
@@ -215,7 +234,7 @@ class _LocalLoss(torch.autograd.Function):
         spec: HeadSpec,
         loss: ChunkLoss,
         teacher: "Teacher | None",
-        sink: "dict[str, tuple[Tensor, Tensor]]",
+        sink: list[LossOutput],
     ) -> tuple[Tensor, Tensor]:
         weight_VH = weight[: vocab.rows]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -231,7 +250,7 @@ class _LocalLoss(torch.autograd.Function):
                 zeros_T = hidden_TH.new_zeros(0, dtype=torch.float32)
                 out = loss(HeadOut(logps_T=zeros_T, divergence_T=zeros_T), where)
                 total, count = total + out.total, count + out.count
-                _gather_metrics(sink, out)
+                sink.append(out)
                 break
             chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], vocab, spec)
             logps_C = chunk.logps_C.requires_grad_(training)
@@ -241,7 +260,7 @@ class _LocalLoss(torch.autograd.Function):
                 compared = teacher.compare(chunk.logits_CV, where)
                 inputs["divergence_T"] = compared.values_C.requires_grad_(training)
             with torch.set_grad_enabled(training):
-                out = loss(HeadOut(**inputs, entropy_T=chunk.entropy_C), where)
+                out = loss(HeadOut(**inputs, **chunk.facts), where)
             if training:
                 found = torch.autograd.grad(out.total, list(inputs.values()), allow_unused=True)
                 more_CV = None
@@ -249,7 +268,7 @@ class _LocalLoss(torch.autograd.Function):
                     more_CV = compared.d_logits(found[1])
                 grads.add(chunk, where, found[0], more_CV)
             total, count = total + out.total.detach(), count + out.count
-            _gather_metrics(sink, out)
+            sink.append(out)
         ctx.hidden_grad, ctx.weight_grad = grads.hidden_TH, grads.weight_VH
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(count)
@@ -266,14 +285,12 @@ class _LocalLoss(torch.autograd.Function):
         return hidden, weight, *[None] * 6
 
 
-def _gather_metrics(sink: dict[str, tuple[Tensor, Tensor]], out: LossOutput) -> None:
-    for name, (total, count) in out.metrics.items():
-        a, b = sink.get(name, (0.0, 0.0))
-        sink[name] = (a + total.detach().double(), b + count.detach().double())
-
-
 class _LogProbabilities(torch.autograd.Function):
-    """Log-probabilities (and entropies) of all tokens; the backward pass recomputes logits."""
+    """Log-probabilities of all tokens, and facts about them that have no gradient.
+
+    The backward pass recomputes logits, unless there is one chunk: its logits are still there. They
+    are no more at a time than the backward pass makes again.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -283,52 +300,58 @@ class _LogProbabilities(torch.autograd.Function):
         targets_T: Tensor,
         vocab: VocabRange,
         spec: HeadSpec,
-    ) -> tuple[Tensor, Tensor]:
+        sink: dict[str, Tensor],
+    ) -> Tensor:
         weight_VH = weight[: vocab.rows]
-        tokens = len(targets_T)
-        logps_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TH.device)
-        entropy_T = torch.empty_like(logps_T) if spec.entropy else logps_T.new_empty(0)
-        for where in chunks_of(tokens, vocab.rows, hidden_TH.element_size()):
+        pieces = list(chunks_of(len(targets_T), vocab.rows, hidden_TH.element_size()))
+        logps_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
+        ctx.chunk = None
+        for where in pieces:
             chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], vocab, spec)
             logps_T[where] = chunk.logps_C
-            if chunk.entropy_C is not None:
-                entropy_T[where] = chunk.entropy_C
+            for name, values_C in chunk.facts.items():
+                sink.setdefault(name, torch.zeros_like(logps_T))[where] = values_C
+            if len(pieces) == 1 and any(ctx.needs_input_grad[:2]):
+                ctx.chunk = chunk
         ctx.save_for_backward(hidden_TH, weight, targets_T)
         ctx.vocab, ctx.spec = vocab, HeadSpec(temperature=spec.temperature)
-        ctx.mark_non_differentiable(entropy_T)
-        return logps_T, entropy_T
+        return logps_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
         hidden_TH, weight, targets_T = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grads = _Gradients(hidden_TH, weight, hidden=wants_hidden, weight=wants_weight)
-        weight_VH = weight[: ctx.vocab.rows]
+        weight_VH, kept, ctx.chunk = weight[: ctx.vocab.rows], ctx.chunk, None
         for where in chunks_of(len(targets_T), ctx.vocab.rows, hidden_TH.element_size()):
-            chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], ctx.vocab, ctx.spec)
+            chunk = kept
+            if chunk is None:
+                chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], ctx.vocab, ctx.spec)
             grads.add(chunk, where, grad_T[where])
         weight_grad = None if grads.weight_VH is None else grads.weight_VH.to(weight.dtype)
-        return grads.hidden_TH, weight_grad, None, None, None
+        return grads.hidden_TH, weight_grad, *[None] * 4
 
 
 def log_probabilities(
     hidden_TH: Tensor, weight: Tensor, targets_T: Tensor, *, vocab: VocabRange, spec: HeadSpec
 ) -> HeadOut:
-    """Return the log-probability of each target, and the entropy where `spec` asks for it.
+    """Return the log-probability of each target, and what else `spec` asks for.
 
     Args:
         hidden_TH: Hidden states of the tokens, the same on every tensor-parallel rank.
         weight: This rank's rows of the output weight, [V or more, H].
         targets_T: Global token ids, int64.
         vocab: Which rows `weight` holds.
-        spec: Temperature and whether entropies are wanted.
+        spec: Temperature, and whether entropies and the summary are wanted.
 
     Returns:
         Values in nats, float32. The gradient of `hidden_TH` is this rank's part of it: the caller
         sums it over tensor-parallel ranks.
     """
-    logps_T, entropy_T = _LogProbabilities.apply(hidden_TH, weight, targets_T, vocab, spec)  # type: ignore[no-untyped-call]
-    return HeadOut(logps_T=logps_T, entropy_T=entropy_T if spec.entropy else None)
+    empty_T = torch.zeros(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
+    facts: dict[str, Tensor] = dict.fromkeys(spec.facts, empty_T) if not len(targets_T) else {}
+    logps_T = _LogProbabilities.apply(hidden_TH, weight, targets_T, vocab, spec, facts)  # type: ignore[no-untyped-call]
+    return HeadOut(logps_T=logps_T, **facts)
 
 
 def local_loss(
@@ -347,8 +370,11 @@ def local_loss(
     to its share. With a `teacher` it is given the tokens' divergence too. `total` is differentiable
     in `hidden_TH` and `weight`, float64.
     """
-    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    found: list[LossOutput] = []
     total, count = _LocalLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, weight, targets_T, vocab, spec, loss, teacher, metrics
+        hidden_TH, weight, targets_T, vocab, spec, loss, teacher, found
     )
-    return LossOutput(total, count, metrics)
+    shares = Shares()
+    for out in found:
+        shares.add(out)
+    return LossOutput(total, count, shares.metrics, highest=shares.highest, lowest=shares.lowest)

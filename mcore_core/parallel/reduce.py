@@ -1,5 +1,6 @@
 """The only reductions: over a sequence's context-parallel parts, over sequences, over ranks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,18 +124,38 @@ def sum_shares(
     or nothing. `names` is the agreed order where the caller knows it; None: rank 0 of the last
     stage tells it.
     """
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    contributes = last and parallel_state.get_tensor_model_parallel_rank() == 0
     if names is None:
         names = from_last_stage(sorted(shares))
     flat = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
-    if contributes:
+    if _contributes():
         for i, name in enumerate(names):
             total, count = shares.get(name, (0.0, 0.0))
             flat[2 * i], flat[2 * i + 1] = total, count
     dist.all_reduce(flat)
     pairs = flat.tolist()
     return {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(names)}
+
+
+def largest_shares(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Return the largest of every rank's numbers, by name; collective over all ranks.
+
+    A name for which no rank has a number is left out.
+    """
+    names = from_last_stage(sorted(values))
+    if not names:
+        return {}
+    flat = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=device)
+    if _contributes():
+        for i, name in enumerate(names):
+            flat[i] = values.get(name, -torch.inf)
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    found = zip(names, flat.tolist(), strict=True)
+    return {name: value for name, value in found if value != -math.inf}
+
+
+def _contributes() -> bool:
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return bool(last and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
 def from_last_stage[T](value: T) -> T:

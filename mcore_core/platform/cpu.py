@@ -2,8 +2,9 @@
 
 One rule: give a meaning only to calls that would *raise* without CUDA (`torch.cuda.*`,
 `device="cuda"`, `.cuda()`). A call that works keeps its behaviour, and `torch.cuda.is_available()`
-stays False, so other libraries still see a CPU machine. The one exception is `torch.compile`, which
-becomes the identity: a bare `@torch.compile` in megatron imports dynamo and inductor, for seconds.
+stays False, so other libraries still see a CPU machine. Two exceptions: `torch.compile` becomes the
+identity, since a bare `@torch.compile` in megatron imports dynamo and inductor, for seconds; and
+where MKL is slow large matrices are multiplied by oneDNN (platform/cpu_matmul.py).
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 
 from mcore_core.platform.cpu_collectives import patch_collectives
+from mcore_core.platform.cpu_matmul import patch_matmul
 from mcore_core.platform.cpu_megatron import hide_gpu_packages, stub_jit
 from mcore_core.platform.cpu_torch import patch_compile, patch_cuda, patch_devices, patch_type_names
 
@@ -33,6 +35,7 @@ class CpuPlatform:
         hide_gpu_packages()
         stub_jit()
         patch_compile()
+        patch_matmul()
 
     def set_device(self, local_rank: int) -> torch.device:
         """There is one device."""

@@ -21,14 +21,13 @@ from mcore_core.model.head import VocabRange, local_loss, log_probabilities
 from mcore_core.model.names import unwrap
 from mcore_core.model.scores import scores, some_logits
 from mcore_core.parallel.reduce import RowReduce
+from mcore_core.parallel.shares import Shares
 from mcore_core.protocols import HeadOut, LossOutput
 from mcore_core.train.place import Ahead, Placed, select
 
 if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
     from mcore_core.protocols import Recipe
-
-type Shares = dict[str, tuple[Tensor, Tensor]]
 
 _SHARE = ("total", "count")
 
@@ -98,7 +97,7 @@ class ForwardStep:
     ) -> tuple[Tensor, Tensor, Shares]:
         one = torch.ones((), dtype=torch.int, device=hidden.device)
         if self.only_hidden:
-            return hidden.new_zeros((), dtype=torch.float32), one, {}
+            return hidden.new_zeros((), dtype=torch.float32), one, Shares()
         deeper: tuple[Tensor, ...] = ()
         if self._ahead(chunk):
             hidden, *rest = hidden.chunk(1 + self.depths)
@@ -106,7 +105,8 @@ class ForwardStep:
         out = self.loss(placed, chunk, hidden)
         if self.rows is not None and out.rows is not None:
             self.rows.append(out.rows)
-        shares: Shares = {"loss": (out.total.detach(), out.count.detach()), **out.metrics}
+        shares = Shares({"loss": (out.total.detach().double(), out.count.detach().double())})
+        shares.add(out)
         total = out.total * self.scale
         if deeper:
             assert self.ahead_scales is not None
@@ -115,7 +115,7 @@ class ForwardStep:
             ]
             total = total + (torch.stack([n.total for n in losses]) * self.ahead_scales).sum()
             sums = [torch.stack([getattr(n, k).detach() for n in losses]).sum() for k in _SHARE]
-            shares["mtp_loss"] = (sums[0], sums[1])
+            shares.metrics["mtp_loss"] = (sums[0].double(), sums[1].double())
         # megatron is told one token: it neither divides nor scales by its own count
         return total.float(), one, shares
 
@@ -181,20 +181,21 @@ class ForwardStep:
             chunk: The last pipeline chunk.
             hidden: Its output, [T, 1, H] or, with sequence parallelism, [T / tp, 1, H].
         """
-        batch, reduce, recipe = placed.batch, placed.reduce, self.recipe
+        recipe, kept = self.recipe, placed.trained
+        # a token without weight changes nothing in a loss: its logits are never made
+        batch, reduce = self._trained(placed)
         if recipe.head.output != "logps":
-            out = self._values(placed, chunk, hidden)
-            return recipe.loss(out, *self._trained(placed))
+            return recipe.loss(self._values(placed, chunk, hidden), batch, reduce)
         weight = unwrap(chunk).head_weight()
-        hidden_TH = self.whole(hidden)
+        hidden_KH = self.whole(hidden)
+        if len(kept) != len(hidden_KH):
+            hidden_KH = hidden_KH.index_select(0, kept)
         if not recipe.token_local:
             out = log_probabilities(
-                hidden_TH, weight, batch.targets_T, vocab=self.vocab, spec=recipe.head
+                hidden_KH, weight, batch.targets_T, vocab=self.vocab, spec=recipe.head
             )
             return recipe.loss(out, batch, reduce)
-        # a token without weight changes nothing in a token-local loss: its logits are never made
-        batch, reduce = self._trained(placed)
-        tokens = len(batch.targets_T)
+        tokens = len(kept)
 
         def of_slice(out: HeadOut, where: slice) -> LossOutput:
             if where.stop - where.start == tokens:
@@ -202,7 +203,7 @@ class ForwardStep:
             return recipe.loss(out, select(batch, where), reduce.take(where))
 
         return local_loss(
-            hidden_TH if tokens == len(hidden_TH) else hidden_TH.index_select(0, placed.trained),
+            hidden_KH,
             weight,
             batch.targets_T,
             of_slice,
@@ -220,9 +221,8 @@ class ForwardStep:
 
     def count(self, placed: Placed) -> Tensor:
         """Return this rank's share of the count, which depends on the batch only."""
-        batch, reduce, head = placed.batch, placed.reduce, self.recipe.head
-        if self.recipe.token_local or head.output != "logps":
-            batch, reduce = self._trained(placed)
+        head = self.recipe.head
+        batch, reduce = self._trained(placed)
         zeros_T = torch.zeros(len(batch.targets_T), device=batch.targets_T.device)
         wide = {"scores": head.scores, "hidden": self.hidden_size, "logits": len(head.tokens)}
         values_TN = (
@@ -230,9 +230,9 @@ class ForwardStep:
         )
         zeros = HeadOut(
             logps_T=zeros_T,
-            entropy_T=zeros_T if head.entropy else None,
             divergence_T=zeros_T if head.divergence else None,
             values_TN=values_TN,
+            **dict.fromkeys(head.facts, zeros_T),
         )
         with torch.no_grad():
             return self.recipe.loss(zeros, batch, reduce).count.double()

@@ -168,7 +168,7 @@ class Scorer:
 
         def score(output: Tensor, *, non_loss_data: bool = True) -> Tensor:
             hidden_KH = self.forward.whole(output).index_select(0, item.trained)
-            spec = replace(self.recipe.head, entropy=entropy)
+            spec = replace(self.recipe.head, entropy=entropy, summary=False)
             out = log_probabilities(
                 hidden_KH,
                 unwrap(chunk).head_weight(),

@@ -18,12 +18,14 @@ from mcore_core.parallel.randomness import same_randomness
 from mcore_core.parallel.reduce import (
     from_last_stage,
     gather_rows,
+    largest_shares,
     sum_over_data,
     sum_shares,
 )
+from mcore_core.parallel.shares import Shares
 from mcore_core.protocols import StepResult, Unit
 from mcore_core.train.flops import StepSize, causal_pairs
-from mcore_core.train.forward import ForwardStep, Shares
+from mcore_core.train.forward import ForwardStep
 from mcore_core.train.place import Placed, place
 
 if TYPE_CHECKING:
@@ -48,6 +50,24 @@ class Timers:
     place: float = 0.0
     forward_backward: float = 0.0
     optimizer: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """Metrics that are the largest, or the smallest, of all numbers."""
+
+    highest: dict[str, float] = dataclasses.field(default_factory=dict)
+    negated: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The smallest ones, with the other sign."""
+
+    def add(self, other: "Extremes") -> None:
+        """Take in those of another batch."""
+        for mine, theirs in ((self.highest, other.highest), (self.negated, other.negated)):
+            mine |= {name: max(value, mine.get(name, value)) for name, value in theirs.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Return them by name."""
+        return {**self.highest, **{name: -value for name, value in self.negated.items()}}
 
 
 class Stepper:
@@ -146,7 +166,7 @@ class Stepper:
             self._count_choices(placed)
         self.timers.place = time.perf_counter() - begin
         shares = self._run(placed, forward_only=False)
-        totals = self._totals(shares, placed)
+        totals, extremes = self._totals(shares, placed)
         self.timers.forward_backward = time.perf_counter() - begin - self.timers.place
         self.size = StepSize(**{name: totals[name][0] for name in SIZES})
         self.empty = self.empty + 1 if float(count) <= 0 else 0
@@ -185,7 +205,7 @@ class Stepper:
             lr=float(lr),
             tokens=int(totals["tokens"][0]),
             seconds=time.perf_counter() - begin,
-            metrics={**_means(totals), **metrics},
+            metrics={**_means(totals), **extremes.metrics(), **metrics},
             tables=tables,
         )
 
@@ -193,6 +213,7 @@ class Stepper:
         """Return the loss and metrics over all batches, weighted by their counts. Collective."""
         sums: dict[str, tuple[float, float]] = {}
         self.forward.rows = []
+        extremes = Extremes()
         for chunk in self.chunks:
             chunk.eval()
         try:
@@ -200,9 +221,11 @@ class Stepper:
                 placed = self._guided(self.place(micros))
                 with torch.no_grad():
                     shares = self._run(placed, forward_only=True)
-                for name, (total, count) in self._totals(shares, placed).items():
+                totals, found = self._totals(shares, placed)
+                for name, (total, count) in totals.items():
                     a, b = sums.get(name, (0.0, 0.0))
                     sums[name] = (a + total, b + count)
+                extremes.add(found)
         finally:
             for chunk in self.chunks:
                 chunk.train()
@@ -210,7 +233,7 @@ class Stepper:
             return {}
         total, count = sums["loss"]
         loss = total / count if count else float("nan")
-        return {"loss": loss, **_means(sums), **self._summary()}
+        return {"loss": loss, **_means(sums), **extremes.metrics(), **self._summary()}
 
     def _summary(self) -> dict[str, float]:
         """Return what the recipe makes of the rows that its losses have kept. Collective.
@@ -262,13 +285,14 @@ class Stepper:
         self.forward.only_hidden = False
         self.experts.stop_counting()
 
-    def _totals(self, shares: list[Shares], placed: list[Placed]) -> dict[str, tuple[float, float]]:
-        """Sum the shares of all micro-batches and ranks."""
-        summed: Shares = {}
+    def _totals(
+        self, shares: list[Shares], placed: list[Placed]
+    ) -> tuple[dict[str, tuple[float, float]], "Extremes"]:
+        """Put the shares of all micro-batches and ranks together."""
+        whole = Shares()
         for share in shares:
-            for name, (total, count) in share.items():
-                a, b = summed.get(name, (0.0, 0.0))
-                summed[name] = (a + total.double(), b + count.double())
+            whole.add(share)
+        summed = whole.metrics
         one = torch.ones((), dtype=torch.float64)
         # context-parallel ranks hold parts of the same rows: the first one counts them
         mine = float(parallel_state.get_context_parallel_rank() == 0)
@@ -281,7 +305,11 @@ class Stepper:
             ("head_tokens", sum(len(p.trained) for p in placed) if local else None),
         ):
             summed[name] = (one * (summed["tokens"][0] if value is None else value), one)
-        return sum_shares(summed, None, self.device)
+        negated = {name: -value for name, value in whole.lowest.items()}
+        extremes = Extremes(
+            largest_shares(whole.highest, self.device), largest_shares(negated, self.device)
+        )
+        return sum_shares(summed, None, self.device), extremes
 
 
 def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:  # noqa: ANN401

@@ -9,6 +9,7 @@ from data_tools import make_template
 from mcore_core.config.kernel import kernel_config
 from mcore_core.parallel.reduce import RowReduce
 from mcore_core.protocols import HeadOut
+from mcore_core.train.place import select
 
 
 def config(*groups, **options):
@@ -61,11 +62,19 @@ def reduce_of(batch):
     return RowReduce(index, torch.ones(len(lengths), dtype=torch.bool))
 
 
+def facts_of(logps):
+    """What the head gives beside log-probabilities: any numbers that differ between tokens."""
+    entropy = logps.detach() ** 2
+    return {"entropy_T": entropy, "mean_logit_T": entropy - 3, "top_T": (entropy > 4).float()}
+
+
 def loss_of(recipe, units, logps):
     """Return what the recipe says of one micro-batch, and the log-probabilities as a leaf."""
     batch = recipe.collate(units)
     logps_T = torch.tensor(np.concatenate(logps), requires_grad=True)
-    return recipe.loss(HeadOut(logps_T=logps_T), batch, reduce_of(batch)), logps_T
+    kept = batch.weights_T.nonzero().squeeze(-1)
+    out = HeadOut(logps_T=logps_T[kept], **facts_of(logps_T[kept]))
+    return recipe.loss(out, select(batch, kept), reduce_of(batch).take(kept)), logps_T
 
 
 def padded(units, logps, halves=("chosen", "rejected")):

@@ -89,7 +89,7 @@ def check_against_trl(made, seed, relative=1e-9, scale=4.0):
     for name, (total, count) in out.metrics.items():
         if name in metrics and (made.frozen or not name.startswith("rewards/")):
             assert float(total / count) == pytest.approx(metrics[name], rel=1e-6), name
-    assert {"rewards/margins", "rewards/accuracies", "logps/chosen"} <= out.metrics.keys()
+    assert metrics.keys() - {"num_tokens"} <= out.metrics.keys()
 
 
 @pytest.mark.parametrize("name", IN_TRL)

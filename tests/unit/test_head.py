@@ -30,6 +30,7 @@ def draw(seed, tokens=None, vocab=None):
         "grad": torch.randn(tokens, generator=g),
         "temperature": [0.3, 0.7, 1.0, 1.7][pick(0, 4)],
         "entropy": bool(pick(0, 2)),
+        "summary": bool(pick(0, 2)),
         "vocab": vocab,
     }
 
@@ -65,7 +66,9 @@ def compute(case, how, vocab, weight):
     """Return log-probabilities (None for local_loss), entropy and both gradients."""
     hidden = case["hidden"].clone().requires_grad_()
     weight = weight.clone().requires_grad_()
-    spec = HeadSpec(entropy=case["entropy"], temperature=case["temperature"])
+    spec = HeadSpec(
+        entropy=case["entropy"], temperature=case["temperature"], summary=case["summary"]
+    )
     if how == "all":
         out = log_probabilities(hidden, weight, case["targets"], vocab=vocab, spec=spec)
         assert out.logps_T.dtype is torch.float32
@@ -74,6 +77,18 @@ def compute(case, how, vocab, weight):
     loss = local_loss(hidden, weight, case["targets"], weighted(case), vocab=vocab, spec=spec)
     loss.total.backward()
     return None, loss, hidden.grad, weight.grad
+
+
+def check_summary(case, out):
+    """Of the real vocabulary, before the temperature."""
+    if not case["summary"]:
+        assert out.mean_logit_T is out.top_T is None
+        return
+    logits = case["hidden"].double() @ case["weight"].double().t()
+    close(out.mean_logit_T, logits.mean(-1), "mean of the logits", 1e-4)
+    assert out.top_T.tolist() == (logits.argmax(-1) == case["targets"]).float().tolist()
+    assert not out.mean_logit_T.requires_grad
+    assert not out.top_T.requires_grad
 
 
 def check(case, how, vocab, weight, rows=slice(None)):
@@ -86,6 +101,7 @@ def check(case, how, vocab, weight, rows=slice(None)):
             assert not out.entropy_T.requires_grad
         else:
             assert out.entropy_T is None
+        check_summary(case, out)
     else:
         close(loss.total, (logps * case["grad"]).sum(), "total")
         assert float(loss.count) == len(logps)
@@ -183,6 +199,31 @@ def test_no_gradient_is_made_in_evaluation():
     assert not out.total.requires_grad
 
 
+@pytest.mark.parametrize("chunk_bytes", [head.CHUNK_BYTES, 1])
+def test_logits_of_one_chunk_are_computed_once(monkeypatch, chunk_bytes):
+    """A second backward pass makes them again: the first one has overwritten them."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
+    made = []
+    monkeypatch.setattr(head, "_Chunk", lambda *a, of=head._Chunk: made.append(len(a[0])) or of(*a))
+    case = draw(4, tokens=20)
+    hidden = case["hidden"].clone().requires_grad_()
+    out = log_probabilities(
+        hidden,
+        case["weight"],
+        case["targets"],
+        vocab=VocabRange(start=0, rows=case["vocab"]),
+        spec=HeadSpec(temperature=case["temperature"]),
+    )
+    whole = chunk_bytes > 1
+    counts = [(1, 1), (1, 2)] if whole else [(2, 4), (4, 6)]
+    for before, after in counts:
+        assert len(made) == before
+        hidden.grad = None
+        (out.logps_T * case["grad"]).sum().backward(retain_graph=True)
+        close(hidden.grad, reference(case)[2], "gradient of the hidden states")
+        assert len(made) == after
+
+
 def test_a_frozen_weight_gets_no_gradient():
     case = draw(4)
     hidden = case["hidden"].clone().requires_grad_()
@@ -265,5 +306,5 @@ def test_large_logits_do_not_overflow():
 
 def test_head_out_names():
     """Recipes and plugins rely on these."""
-    names = ["logps_T", "entropy_T", "divergence_T", "values_TN"]
+    names = ["logps_T", "entropy_T", "divergence_T", "mean_logit_T", "top_T", "values_TN"]
     assert list(HeadOut.__dataclass_fields__) == names

@@ -8,6 +8,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 from mcore_core import compat
 
 ENVIRONMENT = {
@@ -213,3 +215,78 @@ def test_a_killed_rank_leaves_no_process_behind(tmp_path):
     while not _ended(helper) and time.monotonic() < end:
         time.sleep(0.02)
     assert _ended(helper)
+
+
+MATMUL = """
+    import time
+
+    import torch
+
+    torch.set_num_threads(1)
+    from mcore_core import platform
+    from mcore_core.platform import cpu_matmul
+
+    platform.install()
+"""
+
+
+def test_products_are_right_whoever_computes_them():
+    """Every way a matrix may lie in memory; what oneDNN does not take is left to torch."""
+    out = python(
+        MATMUL
+        + """
+    torch.manual_seed(0)
+    for size in (8, 200):
+        a, b = torch.randn(size, size + 3), torch.randn(size + 3, size + 5)
+        ways = {
+            "plain": (a, b),
+            "transposed": (a.t().contiguous().t(), b.t().contiguous().t()),
+            "parts": (torch.randn(size, 2 * size)[:, : size + 3], b.repeat(1, 2)[:, 3:]),
+            "expanded": (torch.randn(1, size + 3).expand(size, -1), b),
+            "every second": (torch.randn(size, 2 * size + 6)[:, ::2], b),
+            "double": (a.double(), b.double()),
+            "bfloat16": (a.bfloat16(), b.bfloat16()),
+        }
+        for name, (x, y) in ways.items():
+            for product in (torch.mm, cpu_matmul.product):
+                got, wanted = product(x, y), x.double() @ y.double()
+                far = float((got.double() - wanted).abs().max() / wanted.abs().max())
+                assert far < (2**-7 if name == "bfloat16" else 1e-6), (name, far)
+                assert got.dtype is x.dtype and got.is_contiguous() and got.shape == wanted.shape
+    x = torch.randn(200, 300, requires_grad=True)
+    w = torch.randn(400, 300, requires_grad=True)
+    g = torch.randn(200, 400)
+    torch.nn.functional.linear(x, w).backward(g)
+    for mine, wanted in ((x.grad, g.double() @ w.double()), (w.grad, g.double().t() @ x.double())):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-4)
+    print("fine")
+    """
+    )
+    assert out == "fine"
+
+
+@pytest.mark.slow
+def test_mkl_is_still_slow_here():
+    """Fails once torch's own product is as fast: then platform/cpu_matmul.py has no reason left."""
+    from mcore_core.platform import cpu_matmul
+
+    if not cpu_matmul.mkl_is_slow():
+        pytest.skip("an Intel processor, or one without AVX-512: torch's own product is used")
+    out = python(
+        MATMUL
+        + """
+    x, w = torch.randn(512, 576), torch.randn(576, 3072)
+    out = torch.empty(512, 3072)
+
+    def seconds(call):
+        found = []
+        for _ in range(7):
+            begin = time.thread_time()
+            call()
+            found.append(time.thread_time() - begin)
+        return min(found)
+
+    print(seconds(lambda: torch.ops.aten.mm.out(x, w, out=out)) / seconds(lambda: torch.mm(x, w)))
+    """
+    )
+    assert float(out) > 1.3

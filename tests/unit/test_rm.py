@@ -10,6 +10,7 @@ from mcore_rlhf.rm.recipe import RMRecipe
 from preference_tools import config, random_pair, reduce_of, template
 
 from mcore_core.protocols import HeadOut
+from mcore_core.train.place import select
 
 
 def recipe(**options):
@@ -47,6 +48,8 @@ def test_loss_is_trls(center, margins):
         for name in ("accuracy", "margin", "mean_reward"):
             total, count = out.metrics[name]
             assert (total / count).item() == pytest.approx(metrics[name], rel=1e-6, abs=1e-7)
+        assert out.highest["max_reward"].item() == pytest.approx(metrics["max_reward"])
+        assert out.lowest["min_reward"].item() == pytest.approx(metrics["min_reward"])
 
 
 def test_scores_are_read_at_the_last_token_of_each_side():
@@ -66,3 +69,27 @@ def test_split_changes_nothing():
     parts = [loss_of(made, units[a:b], scores[2 * a : 2 * b]) for a, b in ((0, 1), (1, 4), (4, 6))]
     assert sum(p.total.item() for p in parts) == pytest.approx(whole.total.item(), rel=1e-12)
     assert sum(p.count.item() for p in parts) == whole.count.item() == 6
+    for name, (total, count) in whole.metrics.items():
+        shares = [p.metrics[name] for p in parts]
+        assert sum(float(t) for t, _ in shares) == pytest.approx(float(total), rel=1e-12), name
+        assert sum(float(c) for _, c in shares) == float(count)
+    assert max(p.highest["max_reward"] for p in parts) == whole.highest["max_reward"] == max(scores)
+    assert min(p.lowest["min_reward"] for p in parts) == whole.lowest["min_reward"] == min(scores)
+
+
+def test_a_rank_counts_the_scores_of_its_own_sequences_alone():
+    """Under context parallelism every rank has the sums, and one counts them."""
+    made = recipe()
+    rng = np.random.default_rng(2)
+    units = [random_pair(rng) for _ in range(2)]
+    batch = made.collate(units)
+    scores = torch.tensor([5.0, -5.0, 1.0, -1.0], dtype=torch.float64)
+    kept = batch.weights_T.nonzero().squeeze(-1)
+    reduce = reduce_of(batch).take(kept)
+    reduce.owns_S[:2] = False
+    out = HeadOut(logps_T=torch.zeros(4), values_TN=scores[:, None])
+    found = made.loss(out, select(batch, kept), reduce)
+    assert (found.highest["max_reward"], found.lowest["min_reward"]) == (1.0, -1.0)
+    reduce.owns_S[:] = False
+    found = made.loss(out, select(batch, kept), reduce)
+    assert (found.highest["max_reward"], found.lowest["min_reward"]) == (-np.inf, np.inf)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
+from preference_tools import facts_of
 
 
 class _Accelerator:
@@ -37,11 +38,13 @@ def _trainer(cls, **attributes):
 
 
 def _outputs(logps):
+    """What TRL's head gives: facts as the tests' own head makes them."""
+    facts = facts_of(logps)
     return SimpleNamespace(
         log_probs=logps,
-        entropy=torch.zeros_like(logps),
-        mean_logits=torch.zeros_like(logps),
-        is_top1=torch.zeros_like(logps, dtype=torch.bool),
+        entropy=facts["entropy_T"],
+        mean_logits=facts["mean_logit_T"],
+        is_top1=facts["top_T"] > 0,
     )
 
 

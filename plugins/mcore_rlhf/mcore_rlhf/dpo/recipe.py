@@ -15,7 +15,6 @@ from mcore_core.data.template import Template
 from mcore_core.protocols import (
     FrozenModel,
     HeadOut,
-    HeadSpec,
     LossOutput,
     Reduce,
     Row,
@@ -30,6 +29,7 @@ from mcore_rlhf.dpo.running import RunningMean
 from mcore_rlhf.pairs import PairBatch, PairEncoder, chosen_tokens, collate_pairs, sum_sides
 from mcore_rlhf.reference import REFERENCE, ReferenceScores, reference_model
 from mcore_rlhf.rows import PAIR_COLUMNS, PAIR_FIELDS, PAIR_HELP, pair, recognize_pair
+from mcore_rlhf.tokens import HEAD, token_metrics
 
 SORTING = frozenset({"aot", "aot_unpaired"})
 """Losses that compare the pairs of a micro-batch, those of all data-parallel ranks."""
@@ -48,7 +48,7 @@ class DPORecipe:
 
     def __init__(self, config: RunConfig, template: Template) -> None:
         self.options = config[DPOConfig]
-        self.head = HeadSpec()
+        self.head = HEAD
         self.losses: dict[str, PairLoss | Component[PairLoss]] = {
             name: LOSSES[name] for name in self.options.losses if name in LOSSES
         }
@@ -99,7 +99,9 @@ class DPORecipe:
         if self.options.rpo_alpha:
             total_P = total_P + self.options.rpo_alpha * LOSSES["sft"](pairs, self.options)
         assert isinstance(total_P, Tensor)
-        return LossOutput((total_P * mine_P).sum(), mine_P.sum(), self._metrics(pairs, mine_P))
+        metrics = self._metrics(pairs, mine_P)
+        metrics |= token_metrics(out, reduce.seq_T % 2 == 0, accuracy=True)
+        return LossOutput((total_P * mine_P).sum(), mine_P.sum(), metrics)
 
     def _one(self, name: str, pairs: Pairs, reduce: Reduce) -> Tensor:
         """Return one loss of each pair."""
@@ -151,8 +153,7 @@ class DPORecipe:
 
 def _pairs(out: HeadOut, batch: PairBatch, reduce: Reduce) -> Pairs:
     """Return sums over answers, in float64."""
-    logps_T = torch.where(batch.weights_T > 0, out.logps_T, 0.0).double()
-    logps_S = reduce.per_seq(logps_T)
+    logps_S = reduce.per_seq(out.logps_T.double())
     tokens_S = batch.answer_tokens_S.clamp(min=1)
     return Pairs(
         chosen_P=logps_S[0::2],

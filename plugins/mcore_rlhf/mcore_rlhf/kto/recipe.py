@@ -19,7 +19,6 @@ from mcore_core.protocols import (
     Batch,
     FrozenModel,
     HeadOut,
-    HeadSpec,
     LossOutput,
     Reduce,
     Row,
@@ -31,6 +30,7 @@ from mcore_rlhf.kto.loss import Answers, losses
 from mcore_rlhf.kto.mismatch import mismatched
 from mcore_rlhf.reference import REFERENCE, ReferenceScores, reference_model
 from mcore_rlhf.rows import LABEL_COLUMNS, LABEL_FIELDS, LABEL_HELP, labelled, recognize_label
+from mcore_rlhf.tokens import HEAD, token_metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +65,7 @@ class KTORecipe:
 
     def __init__(self, config: RunConfig, template: Template) -> None:
         self.options = config[KTOConfig]
-        self.head = HeadSpec()
+        self.head = HEAD
         self.frozen: dict[str, FrozenModel] = {REFERENCE: reference_model(config)}
         self._template = template
         self._reference = ReferenceScores(config, _summed)
@@ -143,11 +143,12 @@ class KTORecipe:
 
     def loss(self, out: HeadOut, batch: KTOBatch, reduce: Reduce, /) -> LossOutput:
         """Return the weighted losses, summed over this rank's answers, and their number."""
-        logps_S = reduce.per_seq(torch.where(batch.weights_T > 0, out.logps_T, 0.0).double())
+        logps_S = reduce.per_seq(out.logps_T.double())
         ratio_S, mine_S = logps_S - batch.ref_logps_S, reduce.owns_S.double()
         answers = Answers(ratio_S=ratio_S, good_S=batch.good_S, kl_S=batch.kl_S)
         total = (losses(answers, self.options) * mine_S).sum()
         metrics = _metrics(self.options.beta * ratio_S.detach(), logps_S.detach(), batch, mine_S)
+        metrics |= token_metrics(out, batch.good_S[reduce.seq_T])
         if self.options.loss_type == "kto":
             metrics["kl"] = ((batch.kl_S * mine_S).sum(), mine_S.sum())
         return LossOutput(total, mine_S.sum(), metrics)

@@ -94,7 +94,15 @@ class RMRecipe:
             "rewards/rejected": rejected_P,
         }
         metrics = {name: ((value_P * mine_P).sum(), count) for name, value_P in values.items()}
-        return LossOutput((loss_P * mine_P).sum(), count, metrics)
+        mine_S, scores_S = reduce.owns_S, scores_S.detach()
+        infinite_S = torch.full_like(scores_S, torch.inf)
+        return LossOutput(
+            (loss_P * mine_P).sum(),
+            count,
+            metrics,
+            highest={"max_reward": torch.where(mine_S, scores_S, -infinite_S).amax()},
+            lowest={"min_reward": torch.where(mine_S, scores_S, infinite_S).amin()},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing changes while training."""
