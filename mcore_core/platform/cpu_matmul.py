@@ -7,6 +7,7 @@ more for the thin products of adapters. oneDNN, which torch brings too, uses AVX
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +15,26 @@ from torch import Tensor
 LEAST = 2**21
 """Multiplications from which a call of oneDNN, which takes about 20 us longer, is worth it."""
 
-_library: torch.library.Library | None = None
+_library: Any = None
 
 
 def patch_matmul() -> None:
     """Use oneDNN for products of large matrices where that is faster; the same on every run."""
     global _library
     if _library is None and mkl_is_slow():
-        _library = torch.library.Library("aten", "IMPL")
+        registry: Any = torch.library
+        _library = registry.Library("aten", "IMPL")
         _library.impl("mm", product, "CPU", allow_override=True)
 
 
 def mkl_is_slow() -> bool:
     """Return whether torch uses MKL on a processor with AVX-512 that is not Intel's."""
-    if sys.platform != "linux" or not torch.backends.mkl.is_available():
+    backends: Any = torch.backends
+    if sys.platform != "linux" or not backends.mkl.is_available():
         return False
-    if not torch.backends.mkldnn.is_available():
+    if not backends.mkldnn.is_available():
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
