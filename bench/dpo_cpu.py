@@ -57,6 +57,7 @@ def ours(model: str, data: str, steps: int, seed: int) -> dict[str, Any]:
                 "--global_batch_size", str(GLOBAL), "--max_length", str(LENGTH),
                 "--train_iters", str(steps), "--log_interval", "1", "--seed", str(seed),
                 "--data_seed", str(seed), "--torch_dtype", "float32", "--no_save_optim",
+                "--recompute_granularity", "none",
                 "--merge_lora", "false", "--save", folder, "--add_version", "false",
             ]
         )  # fmt: skip

@@ -221,13 +221,17 @@ def test_cpo_simpo_and_orpo_are_trls():
             out, _ = loss_of(made, prepared(made, units), logps)
             nll = 0.0
             if name == "orpo":
-                wanted = -trl_losses.orpo(chosen, rejected, made.options)
+                found, rewards, _, *odds = trl_losses.orpo(chosen, rejected, made.options)
+                wanted = -found
+                for name_of, mean in zip(("log_odds_ratio", "log_odds_chosen"), odds, strict=True):
+                    total, count = out.metrics[name_of]
+                    assert float(total / count) == pytest.approx(float(mean), rel=1e-4)
                 nll = -policy[0].sum() / tokens[0].sum()
             else:
                 kind = {"cpo": "sigmoid", "simpo": "simpo"}[name]
                 wanted, rewards, _ = trl_losses.cpo(chosen, rejected, made.options, kind)
-                total, count = out.metrics["rewards/chosen"]
-                torch.testing.assert_close(total / count, rewards.mean())
+            total, count = out.metrics["rewards/chosen"]
+            assert float(total / count) == pytest.approx(float(rewards.mean()), rel=1e-5)
             value = (out.total / out.count).item() - nll
             assert value == pytest.approx(float(wanted.mean()), rel=1e-5 if nll else 1e-10)
 

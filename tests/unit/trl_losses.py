@@ -101,10 +101,10 @@ def cpo(chosen, rejected, options, loss_type):
 
 
 def orpo(chosen, rejected, options):
-    """Return what ORPOTrainer takes off its NLL, [P]; it computes in float32."""
+    """Return what ORPOTrainer takes off its NLL, [P], in float32; rewards, and means of odds."""
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
-    return _trainer(ORPOTrainer, beta=options.beta).odds_ratio_loss(chosen, rejected)[0]
+    return _trainer(ORPOTrainer, beta=options.beta).odds_ratio_loss(chosen, rejected)
 
 
 def kto(logps, mask, ref, good, divergence, options):

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcore_core.checkpoint import folders as checkpoints
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.protocols import FrozenModel, StepRun, Unit
 from mcore_rlhf.config import ReferenceConfig
@@ -42,6 +44,27 @@ def unit_key(unit: Unit) -> bytes:
     return digest.digest()
 
 
+def reference_identity(config: "RunConfig") -> str:
+    """Return what tells one reference from another: its options, and the files that they name.
+
+    Of files the names, sizes and times of change are taken. Of a run's folder its newest checkpoint
+    counts: another one is another reference.
+    """
+    options, weights = config[ReferenceConfig], config[WeightsConfig]
+    named = [options.ref_model or weights.model, *options.ref_adapters]
+    folders = [Path(name).expanduser() for name in named if name]
+    for name in (options.ref_load, options.ref_adapter_load):
+        found = None if name is None else checkpoints.find(Path(name).expanduser())
+        folders += [] if found is None else [found.path]
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder in folders
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    ]
+    return repr((weights.model, weights.model_revision, options.model_dump(), files))
+
+
 class ReferenceScores:
     """Sums of log-probabilities under the reference, computed once for each unit.
 
@@ -51,8 +74,7 @@ class ReferenceScores:
     """
 
     def __init__(self, config: "RunConfig", summed: Summed) -> None:
-        options, model = config[ReferenceConfig], config[WeightsConfig].model
-        self._names = repr((model, options.model_dump()))
+        self._identity = reference_identity(config)
         self._summed = summed
         self._known: dict[bytes, tuple[float, ...]] = {}
 
@@ -75,14 +97,14 @@ class ReferenceScores:
     def state_dict(self) -> dict[str, Any]:
         """Return what is known, as arrays."""
         return {
-            "of": self._names,
+            "of": self._identity,
             "keys": np.frombuffer(b"".join(self._known), np.uint8),
             "values": np.array(list(self._known.values()), np.float64),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what was known, unless it was about another reference."""
-        if state["of"] != self._names:
+        if state["of"] != self._identity:
             return
         keys = np.asarray(state["keys"], np.uint8).tobytes()
         parts = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]

@@ -147,10 +147,14 @@ def simpo(pairs: Pairs, options: DPOConfig) -> Tensor:
 
 def orpo(pairs: Pairs, options: DPOConfig) -> Tensor:
     """NLL minus b l(log odds ratio), from means per token: ORPO (Hong et al. 2024), equation 6."""
+    return sft(pairs, options) - options.beta * F.logsigmoid(log_odds(pairs))
+
+
+def log_odds(pairs: Pairs) -> Tensor:
+    """Return the log odds ratio of chosen and rejected answers, from means per token, [P]."""
     chosen_P = pairs.chosen_P / pairs.chosen_tokens_P
     rejected_P = pairs.rejected_P / pairs.rejected_tokens_P
-    odds_P = (chosen_P - rejected_P) - (_log1mexp(chosen_P) - _log1mexp(rejected_P))
-    return sft(pairs, options) - options.beta * F.logsigmoid(odds_P)
+    return (chosen_P - rejected_P) - (_log1mexp(chosen_P) - _log1mexp(rejected_P))
 
 
 def _log1mexp(x_P: Tensor) -> Tensor:

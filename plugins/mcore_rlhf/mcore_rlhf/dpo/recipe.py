@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcore_core.component import Component
@@ -22,7 +23,7 @@ from mcore_core.protocols import (
     Unit,
 )
 from mcore_rlhf.dpo.config import DPOConfig
-from mcore_rlhf.dpo.loss import LOSSES, PairLoss
+from mcore_rlhf.dpo.loss import LOSSES, PairLoss, log_odds
 from mcore_rlhf.dpo.pairs import Pairs
 from mcore_rlhf.dpo.rules import needs_reference
 from mcore_rlhf.dpo.running import RunningMean
@@ -135,6 +136,9 @@ class DPORecipe:
             "logps/chosen": pairs.chosen_P.detach(),
             "logps/rejected": pairs.rejected_P.detach(),
         }
+        if "orpo" in self.losses:
+            odds_P = log_odds(pairs).detach()
+            values |= {"log_odds_chosen": odds_P, "log_odds_ratio": F.logsigmoid(odds_P)}
         metrics = {name: ((value_P * mine_P).sum(), count) for name, value_P in values.items()}
         if self._uses_nll:
             tokens = (pairs.chosen_tokens_P * mine_P).sum()
