@@ -2,14 +2,18 @@
 
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-from data_tools import make_template
+from mcore_core import compat
 
-from mcore_core.config.kernel import kernel_config
-from mcore_core.parallel.reduce import RowReduce
-from mcore_core.protocols import HeadOut
-from mcore_core.train.place import select
+compat.apply()  # before anything imports megatron
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from data_tools import make_template  # noqa: E402
+
+from mcore_core.config.kernel import kernel_config  # noqa: E402
+from mcore_core.parallel.reduce import RowReduce  # noqa: E402
+from mcore_core.protocols import HeadOut  # noqa: E402
+from mcore_core.train.place import select  # noqa: E402
 
 
 def config(*groups, **options):
