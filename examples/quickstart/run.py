@@ -6,6 +6,7 @@ Everything is written to runs/quickstart: data, model, and one run folder for ea
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from task import make_data
 from transformers.utils import logging
 
 SHOWN = 3
+REWARD = os.path.relpath(Path(__file__).parent / "task.py") + ":exact_match"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,13 @@ class Stage:
     steps: int
     options: str
 
-    def command(self, folder: Path, start: Path) -> list[str]:
+    def command(self, folder: Path, start: Path, seed: int) -> list[str]:
         """Return the command line."""
         return [
             *("mcore", "run", "--plugin", self.name),
             *("--model", str(start), "--dataset", str(folder / "data" / "train.jsonl")),
             *("--save", str(folder / self.name), "--add_version", "false"),
-            *("--train_iters", str(self.steps), *self.options.split()),
+            *("--train_iters", str(self.steps), "--seed", str(seed), *self.options.split()),
         ]
 
     def model(self, folder: Path) -> Path:
@@ -47,9 +49,17 @@ class Stage:
 STAGES = (
     Stage(
         "sft",
-        steps=300,
+        steps=800,
         options="--micro_batch_size 64 --global_batch_size 64 --lr 5e-3 --lr_warmup_iters 40 "
-        "--log_interval 40",
+        "--recompute_granularity none --log_interval 100",
+    ),
+    Stage(
+        "grpo",
+        steps=160,
+        options=f"--reward_funcs {REWARD} --beta 0 --scale_rewards none --num_generations 16 "
+        "--micro_batch_size 256 --global_batch_size 512 --max_completion_length 24 "
+        "--temperature 1 --top_k 0 --top_p 1 --lr 5e-4 "
+        "--lr_warmup_iters 5 --recompute_granularity none --log_interval 20",
     ),
 )
 
@@ -102,12 +112,12 @@ def main(folder: Path, seed: int) -> None:
     results = {"before": measure("before", folder / "model", folder)}
     start = folder / "model"
     for stage in STAGES:
-        run(stage.command(folder, start))
+        run(stage.command(folder, start, seed))
         start = stage.model(folder)
         results[stage.name] = measure(stage.name, start, folder)
     show(results)
     scores = " ".join(f"{name} {accuracy(answers):.1%}" for name, answers in results.items())
-    print(f"\ntook {time.monotonic() - begin:.0f} s; the report: {folder / 'sft' / 'report.html'}")
+    print(f"\ntook {time.monotonic() - begin:.0f} s; the reports: {folder}/*/report.html")
     print(f"quickstart: {scores} (held-out exact match)")
 
 

@@ -1,6 +1,9 @@
 """The task: put letters in order, from a to z or from z to a. Answers can be checked exactly.
 
-A problem is a list of 5 to 10 letters, repeats allowed, and a direction: about 2 * 26^10 of them.
+A problem is a list of 6 to 11 letters, repeats allowed, and a direction: about 2 * 26^11 of them.
+The demonstrations have a flaw, as collected answers do: of the longest problems, most lack the last
+letter. Who imitates them learns the flaw; who is told whether an answer is right does not.
+
 Held-out problems share no *multiset of letters* with training, so neither a problem, nor another
 order of its letters, nor its answer was ever trained on.
 """
@@ -12,9 +15,12 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DIRECTIONS = {"up": "from a to z", "down": "from z to a"}
-SHORTEST, LONGEST = 5, 10
+SHORTEST, LONGEST = 6, 11
+FLAWED = 0.75
+"""The part of the longest problems whose demonstration lacks the last letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,12 @@ class Problem:
         """The only right answer."""
         return " ".join(sorted(self.letters, reverse=self.direction == "down"))
 
+    def demonstration(self, rng: random.Random) -> str:
+        """Return the answer of the training data: most of the longest are cut short."""
+        if len(self.letters) == LONGEST and rng.random() < FLAWED:
+            return self.answer.rpartition(" ")[0]
+        return self.answer
+
     @property
     def content(self) -> str:
         """What is the same for every problem with the same letters."""
@@ -43,6 +55,11 @@ class Problem:
 def is_correct(reply: str, answer: str) -> bool:
     """Exact match, spaces at the ends aside."""
     return reply.strip() == answer
+
+
+def exact_match(rollouts: list[Any]) -> list[float]:
+    """The reward of grpo: 1 where the reply is the row's answer, else 0."""
+    return [float(is_correct(rollout.text, rollout.row["answer"])) for rollout in rollouts]
 
 
 def problems(rng: random.Random) -> Iterator[Problem]:
@@ -74,23 +91,24 @@ def split(train: int, held_out: int, seed: int) -> tuple[list[Problem], list[Pro
     return trains, tests
 
 
-def write(path: Path, rows: list[Problem]) -> None:
-    """Write one JSON object a line: the messages, and the answer for checking."""
+def write(path: Path, rows: list[tuple[Problem, str]]) -> None:
+    """Write one JSON object a line: the messages, and the right answer for checking."""
     with path.open("w", encoding="utf-8") as file:
-        for problem in rows:
+        for problem, shown in rows:
             messages = [
                 {"role": "user", "content": problem.question},
-                {"role": "assistant", "content": problem.answer},
+                {"role": "assistant", "content": shown},
             ]
             file.write(json.dumps({"messages": messages, "answer": problem.answer}) + "\n")
 
 
 def make_data(folder: Path, *, train: int, held_out: int, seed: int) -> None:
-    """Write train.jsonl and held_out.jsonl."""
+    """Write train.jsonl, whose longest answers are flawed, and held_out.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     trains, tests = split(train, held_out, seed)
-    write(folder / "train.jsonl", trains)
-    write(folder / "held_out.jsonl", tests)
+    rng = random.Random(seed)
+    write(folder / "train.jsonl", [(problem, problem.demonstration(rng)) for problem in trains])
+    write(folder / "held_out.jsonl", [(problem, problem.answer) for problem in tests])
 
 
 if __name__ == "__main__":
