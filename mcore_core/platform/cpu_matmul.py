@@ -6,6 +6,7 @@ more for the thin products of adapters. oneDNN, which torch brings too, uses AVX
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def patch_matmul() -> None:
     if _library is None and mkl_is_slow():
         registry: Any = torch.library
         _library = registry.Library("aten", "IMPL")
-        _library.impl("mm", product, "CPU", allow_override=True)
+        with warnings.catch_warnings():  # torch says that the operator had a kernel before
+            warnings.simplefilter("ignore")
+            _library.impl("mm", product, "CPU", allow_override=True)
 
 
 def mkl_is_slow() -> bool:
