@@ -22,7 +22,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     width = reader.size("moe_intermediate_size")
     experts, topk = reader.size("n_routed_experts", 64), reader.size("num_experts_per_tok")
     grouped = reader.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
-    limit = expert_groups(reader, experts, topk) if grouped else {}
+    limit = expert_groups(reader, experts, topk)  # greedy choice leaves groups aside
     latent = latent_attention(reader, rope, q_lora_rank=1536)
     return llama_like(
         reader,
@@ -32,7 +32,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             normalized=False,
             num_experts=experts,
             topk=topk,
-            **limit,
+            **(limit if grouped else {}),
             scaling_factor=reader.number("routed_scaling_factor", 1.0),
             shared_ffn_hidden_size=width * reader.count("n_shared_experts", 2) or None,
         ),
