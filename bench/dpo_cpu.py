@@ -9,16 +9,15 @@ of rewards/accuracies for each seed of either side.
 
 import argparse
 import json
-import os
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from aside import run_side
 
 MICRO, GLOBAL, LENGTH, BETA, LR = 4, 8, 256, 0.1, 1e-4
 THINGS = ("apples", "books", "coins", "doors", "eggs", "flags", "glasses", "hats")
@@ -123,18 +122,6 @@ def result(rate: list[float], accuracies: list[float], loss: float) -> dict[str,
     }
 
 
-def child(side: str, model: str, data: str, steps: int, seed: int) -> dict[str, Any]:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, "--model", model, "--steps", str(steps)]
-    command += ["--side", side, "--data", data, "--seed", str(seed)]
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if ran.returncode:
-        sys.exit(f"{side} failed:\n{ran.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     """Measure both sides, in turns."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,7 +143,16 @@ def main() -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for seed in range(1, options.seeds + 1):
             for side, runs in found.items():
-                runs.append(child(side, options.model, str(file), options.steps, seed))
+                runs.append(
+                    run_side(
+                        __file__,
+                        side,
+                        model=options.model,
+                        data=file,
+                        steps=options.steps,
+                        seed=seed,
+                    )
+                )
                 brief = {k: v for k, v in runs[-1].items() if k != "accuracies"}
                 print(f"{side} seed {seed}: {brief}", flush=True)
     mine, theirs = (statistics.median(r["pairs_per_second"] for r in found[side]) for side in found)

@@ -15,7 +15,6 @@ import os
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from aside import run_side
 
 PROMPTS, GENERATIONS, TOKENS, LR = 4, 8, 16, 2e-4
 BATCH = PROMPTS * GENERATIONS
@@ -139,18 +140,6 @@ def report(rewards: list[float], times: list[float]) -> dict[str, Any]:
     }
 
 
-def child(side: str, model: str, data: str, steps: int, seed: int) -> dict[str, Any]:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, "--model", model, "--steps", str(steps)]
-    command += ["--side", side, "--data", data, "--seed", str(seed)]
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if ran.returncode:
-        sys.exit(f"{side} failed:\n{ran.stdout[-1000:]}\n{ran.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 def side(name: str, model: str, data: str, steps: int, seed: int) -> dict[str, Any]:
     """Run one side here."""
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
@@ -205,7 +194,16 @@ def main() -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for seed in range(1, options.seeds + 1):
             for name, runs in found.items():
-                runs.append(child(name, options.model, str(file), options.steps, seed))
+                runs.append(
+                    run_side(
+                        __file__,
+                        name,
+                        model=options.model,
+                        data=file,
+                        steps=options.steps,
+                        seed=seed,
+                    )
+                )
                 brief = {k: v for k, v in runs[-1].items() if k != "rewards"}
                 print(f"{name} seed {seed}: {brief}", flush=True)
     ratio = None

@@ -270,14 +270,14 @@ def test_micro_batches_have_about_as_many_tokens():
             assert max(tokens) - min(tokens) <= 2 * max(lengths)
 
 
-def problems(**options):
+def problems(about="replay", **options):
     from grpo_run import GROUPS
     from mcore_rlhf.grpo.rules import check
 
     from mcore_core.config.kernel import kernel_config
 
     config = kernel_config(*GROUPS, global_batch_size=8, reward_funcs=["format"], **options)
-    return [(p.code, p.message) for p in check(config) if "replay" in p.message]
+    return [(p.code, p.message) for p in check(config) if about in p.message]
 
 
 def test_router_replay_is_refused_where_it_would_do_nothing(tmp_path):
@@ -287,6 +287,14 @@ def test_router_replay_is_refused_where_it_would_do_nothing(tmp_path):
     assert code == "MC321" and "one optimizer step a round" in fact
     ((code, _),) = problems(router_replay_mode="R3", rollout_engine="vllm")
     assert code == "MC362"
+
+
+@pytest.mark.parametrize("reference", [{}, {"ref_model": "base"}])
+def test_a_reference_follows_weights_and_not_adapters(reference):
+    moving = {"sync_ref_model": True, "beta": 0.1, **reference}
+    assert problems("sync_ref_model", **moving) == []
+    ((code, fact),) = problems("sync_ref_model", tuner_type="lora", **moving)
+    assert code == "MC358" and "the adapters are what trains" in fact
 
 
 def test_an_engine_that_records_no_routing(tmp_path):

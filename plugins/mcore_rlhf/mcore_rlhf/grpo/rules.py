@@ -198,11 +198,9 @@ def _idle(config: RunConfig) -> Iterator[Problem]:
                 [f"fix: add --{other}, or leave out --{name}"],
             )
     if config.get("sync_ref_model") and config.get("tuner_type") == "lora":
-        given = any(config.get(n) for n in ("ref_model", "ref_load"))
-        if not given:
-            yield Problem(
-                "MC358",
-                "--sync_ref_model true moves the reference, which with LoRA is the model without "
-                "its adapters: there is no copy to move",
-                ["fix: leave it out, or --tuner_type full"],
-            )
+        yield Problem(
+            "MC358",
+            "--sync_ref_model true moves the reference's weights towards the policy's, and with "
+            "LoRA those stay as they are: the adapters are what trains",
+            ["fix: leave it out, or --tuner_type full"],
+        )
