@@ -46,7 +46,9 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    """Kept for the backward pass, and what the largest recomputed part adds to it."""
     logits: int
+    """Of head and loss, beyond that part: the two never stand at once."""
     engine: int
     reference: int
     overhead: int
@@ -152,7 +154,7 @@ def memory(
         activations = kept + peak + embedded
         parameters = sum(w.count for w in weights)
         overhead = round(FRAGMENTS * activations) + (CONTEXT if gpu else 0)
-        logits = ends_bytes(shape, layout, rows, vocab=vocab) if rank == layout.pp - 1 else 0
+        head = ends_bytes(shape, layout, rows, vocab=vocab) if rank == layout.pp - 1 else 0
         found.append(
             Memory(
                 rank=rank,
@@ -161,7 +163,7 @@ def memory(
                 gradients=state.gradients,
                 optimizer=state.optimizer,
                 activations=activations,
-                logits=logits,
+                logits=max(head - peak, 0),
                 engine=engine_bytes(config, capacity),
                 reference=parameters * training.size if holds_reference(config, training) else 0,
                 overhead=overhead,

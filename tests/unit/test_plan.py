@@ -84,6 +84,20 @@ def test_the_whole_state_of_one_rank():
     assert rank.total > state + rank.activations
 
 
+def test_recomputing_and_the_head_do_not_stand_at_once():
+    """With every layer recomputed the head is done before the first of them runs again."""
+    options = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    rows = {n: config(recompute_num_layers=n, **options) for n in (1, 12, 36)}
+    ranks = {n: memory(c, DENSE, Layout(), [36], capacity=0)[0] for n, c in rows.items()}
+    none = config(recompute_granularity="none")
+    plain = memory(none, DENSE, Layout(), [36], capacity=0)[0]
+    edge = 4096 * 4096 * 2
+    above = {n: r.activations + r.logits - (36 // n + 1) * edge for n, r in ranks.items()}
+    assert above[1] == plain.logits
+    assert ranks[1].logits > 0 == ranks[12].logits
+    assert above[36] > above[12] > above[1]
+
+
 def test_ranks_of_a_pipeline_in_flight():
     pp4 = Layout(world=4, pp=4)
     assert [in_flight(pp4, r, 8) for r in range(4)] == [4, 3, 2, 1]
