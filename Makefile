@@ -74,7 +74,7 @@ bench: setup  ## measure what docs/benchmarks.md reports for the CPU
 lock: setup  ## resolve requirements.lock anew from every pyproject.toml
 	$(BIN)/uv pip compile --generate-hashes --python-version 3.12 --group dev pyproject.toml \
 		$(addsuffix /pyproject.toml,$(PLUGINS)) -o requirements.lock \
-		--no-emit-package mcore-core --no-emit-package mcore-sft --no-emit-package mcore-hfbridge \
+		$(addprefix --no-emit-package ,$(shell sed -n 's/^name = "\(mcore-.*\)"/\1/p' pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)))) \
 		--no-emit-index-url
 
 clean:  ## remove what was built and run here, .venv included
