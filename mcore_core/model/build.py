@@ -143,7 +143,8 @@ def decoder_config(
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "context_parallel_size": layout.cp,
-        "expert_model_parallel_size": layout.ep,
+        # a dense model's ranks of another's experts hold the same of it, as data-parallel ones do
+        "expert_model_parallel_size": layout.ep if shape.moe else 1,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sp,
         "pipeline_dtype": plan.dtype,
