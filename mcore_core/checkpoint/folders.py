@@ -93,7 +93,7 @@ def _runs(folder: Path) -> Iterator[Path]:
         yield from (p for p in folder.iterdir() if p.is_dir() and not _NAME.match(p.name))
 
 
-def require(load: Path) -> Checkpoint:
+def require(load: Path, option: str = "--load") -> Checkpoint:
     """Return `find(load)`, or say what is there instead."""
     found = find(load)
     if found is not None:
@@ -101,18 +101,22 @@ def require(load: Path) -> Checkpoint:
     if not load.exists():
         raise usage_error(
             "MC701",
-            f"--load {load}: no such folder",
+            f"{option} {load}: no such folder",
             "fix: give the run folder of an earlier run (its --save) or one of its checkpoint-N",
         )
     entries = sorted(p.name for p in load.iterdir())[:8] if load.is_dir() else []
     unfinished = [n for n in entries if n.startswith(_PARTIAL)]
     raise usage_error(
         "MC702",
-        f"--load {load} holds no complete checkpoint",
+        f"{option} {load} holds no complete checkpoint",
         f"found: {', '.join(entries) or 'nothing'}",
         f"unfinished and not usable: {', '.join(unfinished)}" if unfinished else "",
-        "fix: give a folder that holds checkpoint-N with training.json, "
-        "or --exit_on_missing_checkpoint false to start from the beginning",
+        "fix: give a folder that holds checkpoint-N with training.json"
+        + (
+            ", or --exit_on_missing_checkpoint false to start from the beginning"
+            if option == "--load"
+            else ""
+        ),
     )
 
 

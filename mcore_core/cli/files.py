@@ -1,11 +1,12 @@
 """What can be seen of a run's files before torch is imported: a wrong path costs no time."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_core.config.checkpoint import CheckpointConfig
+from mcore_core.config.template import TemplateConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import Problem, UsageError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.train.plan import ModelSource
 
+ADAPTER = "adapter_config.json"
+
 
 def check_files(prepared: "PreparedExport", source: "ModelSource") -> None:
     """Check that data is there, weights are whole and the run folder can be written.
@@ -23,7 +26,7 @@ def check_files(prepared: "PreparedExport", source: "ModelSource") -> None:
         UsageError: Every problem found.
     """
     config = prepared.config
-    problems = [*_data(prepared), *_folder(config), *_tokens(config)]
+    problems = [*_data(prepared), *_folder(config), *_texts(config), *_named(config)]
     if (
         config[CheckpointConfig].load is None
         and config[WeightsConfig].load_safetensors is not False
@@ -47,11 +50,50 @@ def _data(prepared: "PreparedExport") -> Iterator[Problem]:
             yield from check_reference(text, loaders=loaders)
 
 
-def _tokens(config: "RunConfig") -> list[Problem]:
+def _texts(config: "RunConfig") -> Iterator[Problem]:
     from mcore_core.data.new_tokens import read_new_tokens  # noqa: PLC0415  (a run only)
+    from mcore_core.data.template_files import read_system, template_text  # noqa: PLC0415
 
+    yield from _problems(read_new_tokens, config[TrainConfig].new_special_tokens)
+    if TemplateConfig in config:
+        options = config[TemplateConfig]
+        yield from _problems(read_system, options.system)
+        if options.chat_template is not None:
+            yield from _problems(template_text, options.chat_template)
+
+
+def _named(config: "RunConfig") -> Iterator[Problem]:
+    """Find what options name and is not there: models, checkpoints, adapters."""
+    from mcore_core.checkpoint import folders  # noqa: PLC0415  (a run only)
+    from mcore_core.model.resolve import local_model_dir  # noqa: PLC0415
+
+    for name, kind, value in config.naming():
+        path, option = Path(value).expanduser(), f"--{name}"
+        match kind:
+            case "model":
+                yield from _problems(local_model_dir, value, option)
+            case "checkpoint":
+                if name != "load" or config[CheckpointConfig].exit_on_missing_checkpoint:
+                    yield from _problems(folders.require, path, option)
+            case "adapter":
+                # an export also takes a run folder, whose newest checkpoint is meant
+                if not (path / ADAPTER).is_file() and folders.find(path) is None:
+                    entries = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
+                    yield Problem(
+                        "MC550",
+                        f"{option} {value}: no {ADAPTER} there",
+                        [
+                            f"found: {', '.join(entries) or 'nothing'}",
+                            "fix: give a folder that PEFT's save_pretrained wrote, or a "
+                            "checkpoint-N of a LoRA run",
+                        ],
+                    )
+
+
+def _problems[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> list[Problem]:
+    """Return what a check raises."""
     try:
-        read_new_tokens(config[TrainConfig].new_special_tokens)
+        check(*args, **kwargs)
     except UsageError as error:
         return list(error.problems)
     return []

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mcore_core.config.group import ConfigGroup, also
+from mcore_core.config.group import ConfigGroup, also, names
 
 
 class CheckpointConfig(ConfigGroup):
@@ -25,7 +25,7 @@ class CheckpointConfig(ConfigGroup):
     """Leave the optimizer out of checkpoints: smaller, but training cannot resume exactly."""
     no_save_rng: bool = False
     """Leave random states out of checkpoints."""
-    load: str | None = Field(None, json_schema_extra=also("mcore_model"))
+    load: str | None = Field(None, json_schema_extra=names("checkpoint", "mcore_model"))
     """Resume from this run folder (its newest complete checkpoint) or from one checkpoint."""
     no_load_optim: bool = False
     """Start with a fresh optimizer when loading."""

@@ -1,12 +1,12 @@
 """Merge defaults, YAML files and flags into one immutable RunConfig; report every problem."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from mcore_core.config.decode import decode, explain
-from mcore_core.config.group import ConfigGroup
+from mcore_core.config.group import ConfigGroup, Named
 from mcore_core.config.option import Option, collect_options, spellings
 from mcore_core.config.source import COMMAND_LINE, Source
 from mcore_core.errors import Problem, UsageError, did_you_mean
@@ -85,9 +85,19 @@ class RunConfig:
             flat |= group.model_dump(mode="json", include=include)
         return flat
 
-    def _secret(self, name: str) -> bool:
+    def naming(self) -> Iterator[tuple[str, Named, str]]:
+        """Yield each file that an option names: the option, the kind, and what was given."""
+        for name in self._owner:
+            kind, value = self._option(name).names, self.get(name)
+            if kind is not None and value is not None:
+                yield from ((name, kind, v) for v in ([value] if isinstance(value, str) else value))
+
+    def _option(self, name: str) -> Option:
         group = self._owner[name]
-        return Option(name, group.model_fields[name], group, "").secret
+        return Option(name, group.model_fields[name], group, "")
+
+    def _secret(self, name: str) -> bool:
+        return self._option(name).secret
 
 
 def compose(

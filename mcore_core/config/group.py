@@ -1,8 +1,11 @@
 """One group of options: a frozen pydantic model with a title and documented fields."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+type Named = Literal["model", "checkpoint", "adapter"]
+"""What an option may name: a model's folder or hub id, what a run saved, a PEFT adapter."""
 
 
 class ConfigGroup(BaseModel):
@@ -30,6 +33,14 @@ class ConfigGroup(BaseModel):
 def also(*aliases: str) -> dict[str, Any]:
     """Return `json_schema_extra` for other spellings of an option."""
     return {"aliases": list(aliases)}
+
+
+def names(kind: Named, *aliases: str) -> dict[str, Any]:
+    """Return `json_schema_extra` for an option that names files of a kind.
+
+    A name that is none is found before torch is imported. `aliases` are other spellings.
+    """
+    return {"names": kind, **also(*aliases)}
 
 
 def secret() -> dict[str, Any]:

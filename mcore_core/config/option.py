@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mcore_core.config.group import ConfigGroup
+from mcore_core.config.group import ConfigGroup, Named
 from mcore_core.errors import Problem, UsageError
 
 type Shape = Literal["flag", "value", "list", "json"]
@@ -79,6 +79,11 @@ class Option:
     def aliases(self) -> tuple[str, ...]:
         """Other spellings."""
         return tuple(self._extra.get("aliases", ()))
+
+    @property
+    def names(self) -> Named | None:
+        """What its value names, where that can be looked at before the run."""
+        return self._extra.get("names")
 
     @property
     def secret(self) -> bool:

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mcore_core.config.group import ConfigGroup, also
+from mcore_core.config.group import ConfigGroup, names
 
 
 class TunerConfig(ConfigGroup):
@@ -45,7 +45,7 @@ class LoraConfig(ConfigGroup):
 
     title: ClassVar[str] = "Tuner: LoRA Training"
 
-    adapter_load: str | None = Field(None, json_schema_extra=also("mcore_adapter"))
+    adapter_load: str | None = Field(None, json_schema_extra=names("checkpoint", "mcore_adapter"))
     """Start from the adapter of a checkpoint of an earlier run (checkpoint-N, or its run folder);
     step, data and optimizer start anew."""
     target_modules: list[str] = Field(default_factory=lambda: ["all-linear"])

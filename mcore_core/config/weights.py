@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from mcore_core.config.group import ConfigGroup, secret
+from mcore_core.config.group import ConfigGroup, names, secret
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{i}B": (1024 if i else 1000) ** power
@@ -34,7 +34,7 @@ class WeightsConfig(ConfigGroup):
     """Model family to use, where config.json's model_type is not the right one."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    adapters: list[str] = Field(default_factory=list)
+    adapters: list[str] = Field(default_factory=list, json_schema_extra=names("adapter"))
     """A LoRA adapter in PEFT's format, to train on (tuner_type is then lora, with the adapter's
     rank and targets) or to export: a folder with adapter_config.json."""
     merge_lora: bool | None = None

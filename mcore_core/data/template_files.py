@@ -20,6 +20,16 @@ def read_system(value: str | None) -> str | None:
         ) from error
 
 
+def template_text(file: str) -> str:
+    """Return what the file holds; whether it is a template is not looked at. Torch-free."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise usage_error(
+            "MC413", f"--chat_template {file}: {error.strerror or error}", "fix: name a jinja file"
+        ) from error
+
+
 def read_chat_template(tokenizer: Any, file: str | None) -> str | None:  # noqa: ANN401
     """Return the file's template, or the tokenizer's own; None where it has none."""
     if file is None:
@@ -32,13 +42,9 @@ def read_chat_template(tokenizer: Any, file: str | None) -> str | None:  # noqa:
         _compile_jinja_template,
     )
 
+    text = template_text(file)
     try:
-        text = Path(file).read_text(encoding="utf-8")
         _compile_jinja_template(text)
-    except OSError as error:
-        raise usage_error(
-            "MC413", f"--chat_template {file}: {error.strerror or error}", "fix: name a jinja file"
-        ) from error
     except TemplateSyntaxError as error:
         raise usage_error(
             "MC413",

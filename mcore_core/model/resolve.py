@@ -21,10 +21,29 @@ def resolve_model_dir(
     use_hf: bool = True,
     token: str | None = None,
     wanted: Sequence[str] = WANTED,
+    option: str = "--model",
 ) -> Path:
     """Return the folder of a model: itself where it is one, else a snapshot of the hub model.
 
-    `wanted` are the patterns of the files that are fetched.
+    `wanted` are the patterns of the files that are fetched, `option` is what messages begin with.
+    """
+    path = local_model_dir(model, option)
+    if path is not None:
+        return path
+    if not use_hf:
+        raise usage_error(
+            "MC513",
+            f"{option} {model} is not a folder, and --use_hf false asks for another hub",
+            "fix: leave --use_hf at true, or download the model and give its folder",
+        )
+    return _download(model, revision, token, wanted, option)
+
+
+def local_model_dir(model: str, option: str = "--model") -> Path | None:
+    """Return the folder of a model here; None where the name may be a hub id.
+
+    Raises:
+        UsageError: It is a path, and no folder is there.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -32,27 +51,23 @@ def resolve_model_dir(
     if path.is_file():
         raise usage_error(
             "MC513",
-            f"--model {model} is a file, not a folder",
-            f"fix: give the folder that holds config.json and the weights: --model {path.parent}",
+            f"{option} {model} is a file, not a folder",
+            f"fix: give the folder that holds config.json and the weights: {option} {path.parent}",
         )
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise usage_error(
             "MC513",
-            f"--model {model}: there is no such folder",
+            f"{option} {model}: there is no such folder",
             did_you_mean(path.name, siblings, f"{path.parent}/"),
             "fix: give an existing folder, or a hub id such as Qwen/Qwen3-0.6B",
         )
-    if not use_hf:
-        raise usage_error(
-            "MC513",
-            f"--model {model} is not a folder, and --use_hf false asks for another hub",
-            "fix: leave --use_hf at true, or download the model and give its folder",
-        )
-    return _download(model, revision, token, wanted)
+    return None
 
 
-def _download(model: str, revision: str | None, token: str | None, wanted: Sequence[str]) -> Path:
+def _download(
+    model: str, revision: str | None, token: str | None, wanted: Sequence[str], option: str
+) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow; not for local folders)
     from huggingface_hub.errors import (  # noqa: PLC0415  (slow; not for local folders)
         GatedRepoError,
@@ -68,23 +83,23 @@ def _download(model: str, revision: str | None, token: str | None, wanted: Seque
         )
     except GatedRepoError as error:
         why, fix = "its licence must be accepted first", "accept it on the hub, give --hub_token"
-        raise usage_error("MC514", f"--model {model}: {why}", f"fix: {fix}") from error
+        raise usage_error("MC514", f"{option} {model}: {why}", f"fix: {fix}") from error
     except RevisionNotFoundError as error:
         raise usage_error(
             "MC514",
-            f"--model {model} has no revision {revision!r}",
+            f"{option} {model} has no revision {revision!r}",
             "fix: correct --model_revision",
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise usage_error(
             "MC514",
-            f"--model {model}{at} is neither a folder here nor a model on the hub",
+            f"{option} {model}{at} is neither a folder here nor a model on the hub",
             "fix: correct the name; a private model needs --hub_token",
         ) from error
     except Exception as error:  # Offline shows as one of a dozen types of three HTTP libraries.
         raise usage_error(
             "MC514",
-            f"--model {model}{at} is not a folder here and cannot be fetched from the hub",
+            f"{option} {model}{at} is not a folder here and cannot be fetched from the hub",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             "fix: give a local folder, or run once with network so that it is cached",
         ) from error

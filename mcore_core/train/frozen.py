@@ -61,6 +61,7 @@ def frozen_source(
         revision=wanted.revision,
         use_hf=weights.use_hf,
         token=weights.hub_token,
+        option=f"{name}:",
     )
     hf_config = read_hf_config(path)
     family = resolve_family(hf_config, manager.catalogue("mcore_model_specs"), wanted.model_type)

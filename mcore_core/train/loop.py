@@ -23,7 +23,7 @@ from mcore_core.config.evaluation import EvaluationConfig
 from mcore_core.config.logging import LoggingConfig
 from mcore_core.config.train import TrainConfig
 from mcore_core.config.weights import WeightsConfig
-from mcore_core.parallel.reduce import any_rank, from_last_stage
+from mcore_core.parallel.reduce import from_last_stage
 from mcore_core.train.exports import export_config, write_files, write_tokenizer
 from mcore_core.train.facts import params_norm
 from mcore_core.train.flops import step_flops
@@ -50,6 +50,7 @@ def train(session: Session) -> None:
     """Train until `train_iters`; collective."""
     run, options = session.run, session.run.config[TrainConfig]
     with _garbage(options), _until_sigterm() as stop:
+        session.stepper.wants_stop = lambda: stop.wanted
         session.reports.begin(run, session.facts)
         for text in session.data.report.warnings:
             session.reports.warn_once(text, text)
@@ -60,7 +61,7 @@ def train(session: Session) -> None:
             result = session.stepper.train(micros, run.step + 1)
             run.step += 1
             _after_step(session, result, waited)
-            ends = any_rank(stop.wanted, session.stepper.device)
+            ends = session.stepper.stops
             _maybe_evaluate(session)
             if ends or _saves_now(session):
                 save(session)
@@ -74,7 +75,7 @@ def train(session: Session) -> None:
             if run.step >= run.train_iters:
                 break
             waiting = time.perf_counter()
-        if session.saver.last_step != run.step and not stop.wanted:
+        if session.saver.last_step != run.step and not session.stepper.stops:
             save(session)
         session.saver.close()
         if session.services.engine is not None:

@@ -124,6 +124,8 @@ def place(
     trained = local.weights_T.nonzero().squeeze(-1)
 
     def move(values: Tensor) -> Tensor:
+        if values.device == device:
+            return values
         # from pinned memory a copy does not wait for what the device still computes
         return (values.pin_memory() if pin_memory else values).to(device, non_blocking=True)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class Stepper:
         """How much data the last step had."""
         self.empty = 0
         """Steps in a row, the last one included, in which nothing trained."""
+        self.wants_stop: Callable[[], bool] = lambda: False
+        """Whether this rank has been asked to end the run."""
+        self.stops = False
+        """Whether some rank had been when the last step's numbers were put together."""
         self.config = self.chunks[0].config
         self.experts = ExpertReport(self.chunks, device)
         self.config.finalize_model_grads_func = _finalize
@@ -119,15 +123,16 @@ class Stepper:
     def place(self, micros: Sequence[list[Unit]]) -> list[Placed]:
         """Collate and lay out this rank's micro-batches."""
         rank = parallel_state.get_context_parallel_rank()
-        group = parallel_state.get_context_parallel_group()
+        cp_group = parallel_state.get_context_parallel_group()
+        dp_group = parallel_state.get_data_parallel_group()
         return [
             place(
                 self.recipe.collate(units),
                 self.plan.layout,
                 self.device,
                 cp_rank=rank,
-                cp_group=group,
-                dp_group=parallel_state.get_data_parallel_group(),
+                cp_group=cp_group,
+                dp_group=dp_group,
                 row_multiple=self.plan.row_multiple,
                 pin_memory=self.pin_memory,
                 depths=self.forward.depths,
@@ -185,7 +190,7 @@ class Stepper:
                 "fix: lower --lr, check the data, or train in --torch_dtype bfloat16 or float32",
             )
         lr = self.optimizer.param_groups[0]["lr"]
-        grad_norm = 0.0 if self.empty else self.optimizer.step()[1]
+        grad_norm = 0.0 if self.empty else self._update(step)
         if grad_norm is not None and not math.isfinite(grad_norm):  # None: float16 skips the step
             raise RunFailure(
                 "MC804",
@@ -208,6 +213,23 @@ class Stepper:
             metrics={**_means(totals), **extremes.metrics(), **metrics},
             tables=tables,
         )
+
+    def _update(self, step: int) -> float | None:
+        """Change the weights; return the norm of the gradients before they were clipped."""
+        try:
+            norm: float | None = self.optimizer.step()[1]
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise RunFailure(
+                "MC805",
+                f"step {step}: the update is too large for a number of single precision",
+                f"learning rate {self.optimizer.param_groups[0]['lr']:g}, "
+                f"weight decay {self.optimizer.param_groups[0]['weight_decay']:g}",
+                "the weights of this step are not saved: checkpoints hold finite ones",
+                "fix: lower --lr or --weight_decay",
+            ) from error
+        return norm
 
     def evaluate(self, batches: Iterator[Sequence[list[Unit]]]) -> dict[str, float]:
         """Return the loss and metrics over all batches, weighted by their counts. Collective."""
@@ -252,15 +274,17 @@ class Stepper:
 
         The second tensor holds one number for each depth of multi-token prediction.
         """
-        depths = range(self.forward.depths)
+        width = 1 + self.forward.depths
         counts = [
-            torch.stack(
-                [self.forward.count(p), *(p.ahead[i].weights_T.double().sum() for i in depths)]
-            )
+            count
             for p in placed
+            for count in (self.forward.count(p), *(a.weights_T.double().sum() for a in p.ahead))
         ]
-        empty = torch.zeros(1 + len(depths), dtype=torch.float64)
-        total = sum_over_data(torch.stack(counts).sum(0) if counts else empty.to(self.device))
+        if counts:
+            total = torch.stack(counts).view(-1, width).sum(0)
+        else:
+            total = torch.zeros(width, dtype=torch.float64, device=self.device)
+        total = sum_over_data(total)
         return total[0], total[1:]
 
     def _run(self, placed: list[Placed], *, forward_only: bool) -> list[Shares]:
@@ -292,8 +316,7 @@ class Stepper:
         whole = Shares()
         for share in shares:
             whole.add(share)
-        summed = whole.metrics
-        one = torch.ones((), dtype=torch.float64)
+        summed: dict[str, Any] = dict(whole.metrics)
         # context-parallel ranks hold parts of the same rows: the first one counts them
         mine = float(parallel_state.get_context_parallel_rank() == 0)
         window, local = self.plan.architecture.window_size, self.recipe.token_local
@@ -304,12 +327,14 @@ class Stepper:
             ("window_pairs", mine * sum(causal_pairs(lengths, window) for lengths in rows)),
             ("head_tokens", sum(len(p.trained) for p in placed) if local else None),
         ):
-            summed[name] = (one * (summed["tokens"][0] if value is None else value), one)
+            summed[name] = (summed["tokens"][0] if value is None else value, 1.0)
         negated = {name: -value for name, value in whole.lowest.items()}
         extremes = Extremes(
             largest_shares(whole.highest, self.device), largest_shares(negated, self.device)
         )
-        return sum_shares(summed, None, self.device), extremes
+        totals, votes = sum_shares(summed, None, self.device, votes=self.wants_stop())
+        self.stops = votes > 0
+        return totals, extremes
 
 
 def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:  # noqa: ANN401

@@ -54,6 +54,11 @@ EARLY = {
         "error[MC302]: --seed: must be at least 0, got '-1'\n"
         "error[MC302]: --lr: expected a number, got 'fast'\n",
     ),
+    "a learning rate that no number holds": (
+        ["--lr", "1e38", "--min_lr", "1e9"],
+        "error[MC302]: --lr: must be at most 1e+06, got '1e38'\n"
+        "error[MC302]: --min_lr: must be at most 1e+06, got '1e9'\n",
+    ),
     "an option of another plugin": (
         ["--volume", "5"],
         "error[MC304]: unknown option --volume\n"
@@ -168,6 +173,36 @@ WHOLE = {
         "error[MC522]: {tmp}/cut/model.safetensors is truncated: it has 500 bytes, its header "
         "alone needs more\n  fix: copy or download the file again from where the model came from\n",
     ),
+    "files that options name": (
+        ["run", "--plugin", "sft", "--model", "{model}", "--dataset", "{rows}", "{tmp}/0.csv",
+         "--adapters", "{tmp}/none", "--load", "{tmp}/none", "--system", "{tmp}/none.txt",
+         "--chat_template", "{tmp}/none.jinja"],
+        "note: tuner_type is lora: --adapters was given\n"
+        "error[MC401]: {tmp}/0.csv: no such file or folder\n"
+        "  fix: check the path; relative paths start at {cwd}\n"
+        "error[MC413]: --system {tmp}/none.txt: No such file or directory\n"
+        "  fix: give an existing .txt file, or the text itself\n"
+        "error[MC413]: --chat_template {tmp}/none.jinja: No such file or directory\n"
+        "  fix: name a jinja file\n"
+        "error[MC550]: --adapters {tmp}/none: no adapter_config.json there\n"
+        "  found: nothing\n"
+        "  fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a LoRA run\n"
+        "error[MC701]: --load {tmp}/none: no such folder\n"
+        "  fix: give the run folder of an earlier run (its --save) or one of its checkpoint-N\n",
+    ),
+    "models beside the policy": (
+        ["run", "--plugin", "dpo", "--model", "{model}", "--dataset", "{rows}", "--tuner_type",
+         "lora", "--adapter_load", "{tmp}/unknown", "--ref_model", "{tmp}/none", "--ref_adapters",
+         "{tmp}/unknown"],
+        "error[MC702]: --adapter_load {tmp}/unknown holds no complete checkpoint\n"
+        "  found: config.json\n"
+        "  fix: give a folder that holds checkpoint-N with training.json\n"
+        "error[MC513]: --ref_model {tmp}/none: there is no such folder\n"
+        "  fix: give an existing folder, or a hub id such as Qwen/Qwen3-0.6B\n"
+        "error[MC550]: --ref_adapters {tmp}/unknown: no adapter_config.json there\n"
+        "  found: config.json\n"
+        "  fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a LoRA run\n",
+    ),
 }  # fmt: skip
 NOTE = "note: max_epochs is 1: neither train_iters nor max_epochs was given\n"
 
@@ -192,7 +227,8 @@ def early(model, dataset, tmp_path_factory):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()
-        names = {"tmp": tmp, "port": held.getsockname()[1], "rows": dataset, "cwd": Path.cwd()}
+        names = {"tmp": tmp, "port": held.getsockname()[1], "rows": dataset}
+        names |= {"model": model, "cwd": Path.cwd()}
         begin = ["run", "--plugin", "sft", "--model", str(model), "--dataset", str(dataset)]
         argvs = [begin + argv for argv, _ in EARLY.values()] + [a for a, _ in WHOLE.values()]
         filled = [[a.format(**names) for a in argv] for argv in argvs]

@@ -99,6 +99,16 @@ def test_gradients_that_are_not_numbers(run, tmp_path):
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+def test_an_update_that_overflows(run, tmp_path):
+    """Torch's own words for it do not say which option is too large."""
+    ran = run(None, "--optimizer", "sgd", "--weight_decay", "1e50")
+    assert ran.code == 1, ran.err
+    assert "error[MC805]: step 1: the update is too large" in ran.err
+    assert ", weight decay 1e+50\n" in ran.err
+    assert "Traceback" not in ran.err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_a_batch_in_which_nothing_trains_changes_nothing(run, tmp_path):
     ran = run(weightless({3}))
     assert ran.code == 0, ran.err

@@ -1,5 +1,6 @@
 """`mcore run --plugin sft` from end to end: its files, its numbers, how it ends and goes on."""
 
+import importlib
 import json
 import os
 import re
@@ -286,6 +287,51 @@ def test_sigterm_saves_and_ends_well(mcore, sft, tmp_path, ranks):
     ran = mcore(*sft, *again)
     assert ran.code == 0, ran.err
     assert sorted(losses(ran.folder())) == [last + 1]
+
+
+def sigterm_in(module, owner, name):
+    """Have the child send itself SIGTERM when it first calls something."""
+
+    def before():
+        place = getattr(importlib.import_module(module), owner)
+        original = getattr(place, name)
+
+        def called(*args, **options):
+            setattr(place, name, original)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **options)
+
+        setattr(place, name, called)
+
+    return before
+
+
+def test_sigterm_in_the_first_step(mcore, sft, plain, tmp_path):
+    """The step is taken to its end and saved; the rest of the run gives what it had given."""
+    save = ["--save", tmp_path / "stopped", "--add_version", "false"]
+    first = sigterm_in("mcore_sft.recipe", "SFTRecipe", "loss")
+    ran = mcore(*sft, *STEPS, *save, before=first)
+    assert ran.code == 0, ran.err
+    assert "SIGTERM: saved and stopped after step 1" in ran.err
+    stopped = tmp_path / "stopped"
+    assert {n for n in names(stopped) if "checkpoint" in n} == {"checkpoint-1"}
+    assert losses(stopped) == {1: losses(plain)[1]}
+    ran = mcore(*sft, *STEPS, *save, "--load", stopped)
+    assert ran.code == 0, ran.err
+    assert losses(stopped) == losses(plain)
+    assert same_weights(stopped / "checkpoint-6", plain / "checkpoint-6")
+
+
+def test_sigterm_before_the_first_step(mcore, sft, plain, tmp_path):
+    """There is nothing to save: the process ends at once, and the same command begins anew."""
+    save = ["--save", tmp_path / "stopped", "--add_version", "false"]
+    early = sigterm_in("mcore_core.train.session", "folders", "write_facts")
+    ran = mcore(*sft, *STEPS, *save, before=early)
+    assert ran.code == -signal.SIGTERM, ran.err
+    assert not [n for n in names(tmp_path / "stopped") if "checkpoint" in n]
+    ran = mcore(*sft, *STEPS, *save)
+    assert ran.code == 0, ran.err
+    assert losses(tmp_path / "stopped") == losses(plain)
 
 
 def test_a_killed_rank_is_named(mcore, sft, tmp_path):

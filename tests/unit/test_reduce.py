@@ -67,17 +67,18 @@ def test_sum_shares_takes_one_copy_of_each_share():
         dp = ps.get_data_parallel_rank()
         one = torch.ones(())
         shares = {"loss": (one * (dp + 1), one * 10), "b": (one, one)} if last else {}
-        agreed = sum_shares(shares, None, CPU)
-        told = sum_shares(shares, ["b", "loss", "absent"], CPU)
+        agreed, votes = sum_shares(shares, None, CPU, votes=rank == 5)
+        told, _ = sum_shares(shares, ["b", "loss", "absent"], CPU)
         mine = sum_over_data(torch.tensor(float(rank)))
         rank_pp = ps.get_pipeline_model_parallel_rank()
-        return agreed, told, float(mine), rank_pp
+        return agreed, told, float(mine), rank_pp, votes
 
     ranks = fork_ranks(one_rank, 8)
     want = {"b": (2.0, 2.0), "loss": (3.0, 20.0)}
     assert [r[0] for r in ranks] == [want] * 8
     assert [r[1] for r in ranks] == [{**want, "absent": (0.0, 0.0)}] * 8
-    for rank, (_, _, total, _) in enumerate(ranks):
+    assert [r[4] for r in ranks] == [1] * 8
+    for rank, (_, _, total, *_) in enumerate(ranks):
         # data-parallel ranks are tp apart: r and r + 2 on each pipeline stage
         first = rank // 4 * 4 + rank % 2
         assert total == first + (first + 2)

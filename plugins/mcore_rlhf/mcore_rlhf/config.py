@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mcore_core.config.group import ConfigGroup, also
+from mcore_core.config.group import ConfigGroup, names
 
 
 class RLHFConfig(ConfigGroup):
@@ -21,12 +21,14 @@ class ReferenceConfig(ConfigGroup):
 
     title: ClassVar[str] = "Reference model"
 
-    ref_model: str | None = None
+    ref_model: str | None = Field(None, json_schema_extra=names("model"))
     """The reference: a folder or a hub id, as model. none: model itself; with LoRA that is the
     policy with its adapters off, and takes no memory."""
-    ref_load: str | None = Field(None, json_schema_extra=also("mcore_ref_model"))
+    ref_load: str | None = Field(None, json_schema_extra=names("checkpoint", "mcore_ref_model"))
     """Take the reference's weights from a checkpoint of a run here, as load."""
-    ref_adapters: list[str] = Field([])
+    ref_adapters: list[str] = Field([], json_schema_extra=names("adapter"))
     """Folders of LoRA adapters (PEFT) to add to the reference's weights."""
-    ref_adapter_load: str | None = Field(None, json_schema_extra=also("mcore_ref_adapter"))
+    ref_adapter_load: str | None = Field(
+        None, json_schema_extra=names("checkpoint", "mcore_ref_adapter")
+    )
     """Take the reference's adapters from a checkpoint of a LoRA run here."""

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mcore_core.config.group import ConfigGroup
+from mcore_core.config.group import ConfigGroup, names
 
 
 class GKDConfig(ConfigGroup):
@@ -12,7 +12,7 @@ class GKDConfig(ConfigGroup):
 
     title: ClassVar[str] = "GKD"
 
-    teacher_model: str | None = None
+    teacher_model: str | None = Field(None, json_schema_extra=names("model"))
     """The teacher: a folder or a hub id, as model. Required. It runs in the student's layout."""
     teacher_model_type: str | None = None
     """The family that reads the teacher. none: what its config.json says."""

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mcore_core.config.group import ConfigGroup
+from mcore_core.config.group import ConfigGroup, names
 
 type Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
 type Scale = Literal["group", "batch", "none", "gdpo"]
@@ -38,7 +38,7 @@ class GRPOConfig(ConfigGroup):
     plugins, and ./FILE.py:FUNCTION."""
     reward_weights: list[float] | None = None
     """What each reward is multiplied by, those of reward_model last. none: 1 each."""
-    reward_model: list[str] = Field([])
+    reward_model: list[str] = Field([], json_schema_extra=names("model"))
     """Folders or hub ids of sequence-classification models whose scores are rewards too."""
     reward_timeout: float = Field(120.0, gt=0)
     """Seconds after which a reward function that has not answered is left out of the batch."""
