@@ -1,17 +1,19 @@
-"""GRPO on the CPU: samples a second of the whole loop against TRL's GRPOTrainer, and curves.
+"""GRPO on the CPU: samples a second of the whole loop against TRL's GRPOTrainer.
 
-    python bench/grpo_cpu.py --model FOLDER [--steps 12] [--seeds 1] [--plot FILE.png]
+    python bench/grpo_cpu.py --model FOLDER [--steps 12]
 
-Both sides run in processes of their own, on the same prompts with the same settings: LoRA, a task
-of reasoning-gym and its own score as the reward, TRL with transformers' generation. A step takes
-from one call of the reward to the next, so that everything counts: prompts, generation, rewards,
-training. Rates are the median over all steps but the first two. The last line is one JSON document;
-with `--seeds 3` it holds a curve of rewards for each seed of either side, which `--plot` draws.
+Both sides run in processes of their own, on the same prompts in the same order, from the same
+adapter, with the same settings: LoRA, a task of reasoning-gym and its own score as the reward, TRL
+with transformers' generation. A step takes from one call of the reward to the next, so that
+everything counts: prompts, generation, rewards, training. Rates are the median over all steps but
+the first two. The last line is one JSON document. Curves of several seeds, also on a GPU, are
+drawn by bench/curves.py, which starts the same processes.
 """
 
 import argparse
 import json
 import os
+import random
 import re
 import resource
 import statistics
@@ -24,7 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from aside import run_side
+from aside import Side, add_arguments, asked, run_side
+from start_adapter import load_adapter, lora_config, write_adapter
 
 PROMPTS, GENERATIONS, TOKENS, LR = 4, 8, 16, 2e-4
 BATCH = PROMPTS * GENERATIONS
@@ -32,20 +35,21 @@ TASK = "chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&seed=1&instr
 SYSTEM = "You are a calculator."
 NUMBER = re.compile(r"-?\d+")
 TIMES = "GRPO_CPU_TIMES"
-COLORS = {"ours": "tab:blue", "trl": "tab:orange"}
 
 
-def tasks(count: int) -> list[dict[str, Any]]:
-    """Return rows of the task, the prompt as messages."""
+def tasks(steps: int, seed: int) -> list[dict[str, Any]]:
+    """Return the rows of some steps, the prompt as messages, in the order of a seed."""
     from mcore_rewards.gym import rows
 
     found = []
+    count = PROMPTS * steps
     for row in rows(f"{TASK}&size={count}"):
         messages = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": row["prompt"]},
         ]
         found.append({**row, "prompt": messages})
+    random.Random(seed).shuffle(found)
     return found
 
 
@@ -63,21 +67,25 @@ def score(rollouts: Sequence[Any], /) -> list[float | None]:
     return scores(answers)  # type: ignore[arg-type]
 
 
-def ours(model: str, data: str, steps: int, seed: int) -> list[float]:
+def ours(run: Side) -> list[float]:
     """Run `mcore run --plugin grpo` here; return the rewards of its steps."""
     from mcore_core.cli.main import main as mcore
 
     with tempfile.TemporaryDirectory() as folder:
         code = mcore(
             [
-                "run", "--plugin", "grpo", "--model", model, "--dataset", data,
+                "run", "--plugin", "grpo", "--model", run.model, "--dataset", run.data,
+                "--dataset_shuffle", "false", "--train_dataloader_shuffle", "false",
                 "--reward_funcs", f"{__file__}:score", "--beta", "0", "--tuner_type", "lora",
-                "--lora_dropout", "0", "--lr", str(LR), "--lr_decay_style", "constant",
+                "--adapters", run.adapter, "--lora_dropout", "0",
+                "--lr", str(LR), "--lr_decay_style", "constant", "--weight_decay", "0.1",
+                "--adam_beta1", "0.9", "--adam_beta2", "0.95", "--adam_eps", "1e-8",
+                "--clip_grad", "1",
                 "--num_generations", str(GENERATIONS), "--max_completion_length", str(TOKENS),
                 "--temperature", "1", "--top_k", "0", "--top_p", "1",
                 "--micro_batch_size", str(BATCH), "--global_batch_size", str(BATCH),
-                "--train_iters", str(steps), "--log_interval", "1", "--seed", str(seed),
-                "--data_seed", str(seed), "--torch_dtype", "float32", "--no_save_optim",
+                "--train_iters", str(run.steps), "--log_interval", "1", "--seed", str(run.seed),
+                "--torch_dtype", "float32", "--transformer_impl", "local", "--no_save_optim",
                 "--merge_lora", "false", "--save", folder, "--add_version", "false",
             ]
         )  # fmt: skip
@@ -86,10 +94,9 @@ def ours(model: str, data: str, steps: int, seed: int) -> list[float]:
     return [x["reward"] for x in map(json.loads, text.splitlines()) if "reward" in x]
 
 
-def trl(model: str, data: str, steps: int, seed: int) -> list[float]:
+def trl(run: Side) -> list[float]:
     """Run TRL's GRPOTrainer here; return the rewards of its steps."""
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
@@ -104,26 +111,26 @@ def trl(model: str, data: str, steps: int, seed: int) -> list[float]:
             ]
         )
 
-    rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(run.data).read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-            processing_class=AutoTokenizer.from_pretrained(model),
+            model=AutoModelForCausalLM.from_pretrained(run.model, dtype="float32"),
+            processing_class=AutoTokenizer.from_pretrained(run.model),
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(
-                r=8, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=lora_config(),
             args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps,
+                output_dir=folder, per_device_train_batch_size=BATCH, max_steps=run.steps,
                 num_generations=GENERATIONS, max_completion_length=TOKENS, temperature=1.0,
-                loss_type="grpo", beta=0.0, learning_rate=LR, lr_scheduler_type="constant",
-                weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_steps=1,
-                save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-                report_to="none", seed=seed,
+                top_k=0, top_p=1.0, shuffle_dataset=False, mask_truncated_completions=False,
+                loss_type="grpo", scale_rewards="group", epsilon=0.2, num_iterations=1, beta=0.0,
+                learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.1, adam_beta1=0.9,
+                adam_beta2=0.95, adam_epsilon=1e-8, max_grad_norm=1.0, logging_steps=1,
+                save_strategy="no", use_cpu=not run.on_gpu, bf16=False,
+                gradient_checkpointing=False, report_to="none", seed=run.seed,
             ),
         )  # fmt: skip
+        load_adapter(trainer.model, run.adapter)
         trainer.train()
     return [x["reward"] for x in trainer.state.log_history if "reward" in x]
 
@@ -140,80 +147,48 @@ def report(rewards: list[float], times: list[float]) -> dict[str, Any]:
     }
 
 
-def side(name: str, model: str, data: str, steps: int, seed: int) -> dict[str, Any]:
+def side(run: Side) -> dict[str, Any]:
     """Run one side here."""
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
         os.environ[TIMES] = file.name
-        rewards = {"ours": ours, "trl": trl}[name](model, data, steps, seed)
+        rewards = {"ours": ours, "trl": trl}[run.side](run)
         return report(rewards, [float(line) for line in file])
 
 
-def plot(found: dict[str, list[dict[str, Any]]], target: Path) -> None:
-    """Draw the curves, each a mean over five steps."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, runs in found.items():
-        for i, run in enumerate(runs):
-            r = run["rewards"]
-            smooth = [statistics.fmean(r[max(0, j - 4) : j + 1]) for j in range(len(r))]
-            label = {"ours": "mcore", "trl": "TRL"}[name] if i == 0 else None
-            axes.plot(range(1, len(r) + 1), smooth, color=COLORS[name], alpha=0.8, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("reward, mean over five steps")
-    axes.legend()
-    figure.tight_layout()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=100)
+def write_inputs(model: str, folder: Path, steps: int, seed: int) -> dict[str, str]:
+    """Write what both sides of a seed read; return the names of the files."""
+    data, adapter = folder / f"tasks{seed}.jsonl", folder / f"adapter{seed}"
+    data.write_text("".join(json.dumps(r) + "\n" for r in tasks(steps, seed)), encoding="utf-8")
+    write_adapter(model, adapter, seed)
+    return {"data": str(data), "adapter": str(adapter)}
 
 
 def main() -> None:
     """Measure both sides, in turns."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sides", nargs="+", choices=["ours", "trl"], default=["ours", "trl"])
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--limit", type=float, help="exit 1 below this ratio")
-    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    parser.add_argument("--data", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    add_arguments(parser)
     options = parser.parse_args()
-    if options.side:
-        alone = side(options.side, options.model, options.data, options.steps, options.seed)
-        print(json.dumps(alone))
+    if (alone := asked(options)) is not None:
+        print(json.dumps(side(alone)))
         return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.sides}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tasks.jsonl"
-        rows = tasks(PROMPTS * options.steps)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for seed in range(1, options.seeds + 1):
-            for name, runs in found.items():
-                runs.append(
-                    run_side(
-                        __file__,
-                        name,
-                        model=options.model,
-                        data=file,
-                        steps=options.steps,
-                        seed=seed,
-                    )
-                )
-                brief = {k: v for k, v in runs[-1].items() if k != "rewards"}
-                print(f"{name} seed {seed}: {brief}", flush=True)
+        files = write_inputs(options.model, Path(folder), options.steps, 1)
+        for name in options.sides:
+            run = Side(side=name, model=options.model, steps=options.steps, seed=1, **files)
+            found[name] = run_side(__file__, run)
+            brief = {k: v for k, v in found[name].items() if k != "rewards"}
+            print(f"{name}: {brief}", flush=True)
     ratio = None
     if len(found) == 2:
-        mine, theirs = (
-            statistics.median(r["samples_per_second"] for r in found[n]) for n in ("ours", "trl")
-        )
+        mine, theirs = (found[n]["samples_per_second"] for n in ("ours", "trl"))
         ratio = round(mine / theirs, 3)
-    if options.plot:
-        plot(found, options.plot)
     print(json.dumps({"ratio": ratio, **found}))
     if options.limit is not None and ratio is not None and ratio < options.limit:
         sys.exit(1)
