@@ -21,8 +21,8 @@ from typing import Any
 from aside import Side, add_arguments, asked, run_side
 from start_adapter import load_adapter, lora_config, write_adapter
 
-MICRO, GLOBAL, LENGTH, BETA, LR = 4, 8, 256, 0.1, 1e-4
-HELD, EVERY = 64, 5
+MICRO, GLOBAL, LENGTH, BETA, LR = 4, 8, 256, 0.1, 2e-5
+HELD, EVERY = 64, 3
 """Pairs that are held out, and steps between two evaluations on them."""
 TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
@@ -35,14 +35,21 @@ THINGS = ("apples", "books", "coins", "doors", "eggs", "flags", "glasses", "hats
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return pairs whose chosen answer is short and right, and the other one long and evasive."""
+    """Return pairs whose chosen answer is right.
+
+    The other one is long and evasive in half of them, and has a number that is much too large or
+    nearly right in the others: the last are hard to learn.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        a, b, what = rng.randint(1, 20), rng.randint(1, 20), rng.choice(THINGS)
+        a, b, what = rng.randint(2, 20), rng.randint(3, 20), rng.choice(THINGS)
         question = f"I have {a} {what} and get {b} more. How many {what} do I have?"
         good = f"You have {a + b} {what}."
-        bad = f"That is hard to say, since {what} can be counted in many ways; maybe {a * b}."
+        bad = rng.choice(
+            [f"That is hard to say, since {what} can be counted in many ways; maybe {a * b}."] * 2
+            + [f"You have {a * b} {what}.", f"You have {a + b + rng.randint(1, 9)} {what}."]
+        )
         messages = [{"role": "user", "content": question}]
         rows.append(
             {
