@@ -9,36 +9,59 @@ LAYERS = 2
 """Of the decoder, in every case here."""
 
 
-def deepseek_names(tensors, inner):
+INNER = {"ernie4_5_moe": (0, {}), "exaone_moe": (0, {"mlp_layer_types": ["dense", "sparse"]})}
+"""The layer of another model that a prediction layer is, and what that model's config changes."""
+LAST = (LAYERS - 1, {})
+KEYS = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), "mtp_num_hidden_layers")
+"""What tells of prediction layers in config.json, where it is not num_nextn_predict_layers."""
+
+
+def key_of(name):
+    return KEYS.get(name, "num_nextn_predict_layers")
+
+
+def renamed(name, inner, to):
+    """Return the tensors of the other model's layer under a prediction layer's names."""
+    start = f"model.layers.{INNER.get(name, LAST)[0]}."
+    return {to + k.removeprefix(start): t for k, t in inner.items() if k.startswith(start)}
+
+
+def deepseek_names(name, tensors, inner):
     """Return what a DeepSeek checkpoint has beyond the decoder: one more layer, and copies."""
-    last = f"model.layers.{LAYERS - 1}."
     to = f"model.layers.{LAYERS}."
     return {
-        **{to + k.removeprefix(last): t for k, t in inner.items() if k.startswith(last)},
+        **renamed(name, inner, to),
         **norms_and_projection(to, "enorm", "hnorm", "eh_proj", "shared_head.norm"),
         to + "embed_tokens.weight": tensors["model.embed_tokens.weight"],
         to + "shared_head.head.weight": tensors["lm_head.weight"],
     }
 
 
-def qwen_names(tensors, inner):
-    last = f"model.layers.{LAYERS - 1}."
+def hunyuan_names(name, tensors, inner):
+    to = f"model.layers.{LAYERS}."
     return {
-        **{
-            "mtp.layers.0." + k.removeprefix(last): t
-            for k, t in inner.items()
-            if k.startswith(last)
-        },
-        **norms_and_projection("mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+        **renamed(name, inner, to),
+        **norms_and_projection(to, "enorm", "hnorm", "eh_proj", "final_layernorm"),
     }
 
 
-def mimo_names(tensors, inner):
-    last, to = f"model.layers.{LAYERS - 1}.", "model.mtp_layers.0."
+def qwen_names(name, tensors, inner):
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    return {**renamed(name, inner, "mtp.layers.0."), **norms_and_projection("mtp.", *names)}
+
+
+def mimo_names(name, tensors, inner):
+    to = "model.mtp_layers.0."
     names = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+    return {**renamed(name, inner, to), **norms_and_projection(to, *names)}
+
+
+def ernie_names(name, tensors, inner):
+    names = ("mtp_emb_norm.0", "mtp_hidden_norm.0", "mtp_linear_proj.0", "norm")
     return {
-        **{to + k.removeprefix(last): t for k, t in inner.items() if k.startswith(last)},
-        **norms_and_projection(to, *names),
+        **renamed(name, inner, "model.mtp_block.0."),
+        **norms_and_projection("model.", *names),
+        "model.norm.weight": tensors["model.norm.weight"],
     }
 
 
@@ -53,21 +76,27 @@ WRITERS = {
     "kimi_k2": deepseek_names,
     "glm4_moe": deepseek_names,
     "qwen3_next": qwen_names,
+    "qwen3_5_text": qwen_names,
+    "qwen3_5_moe_text": qwen_names,
+    "exaone_moe": qwen_names,
+    "ernie4_5_moe": ernie_names,
+    "hy_v3": hunyuan_names,
     "mimo": mimo_names,
 }
 
 
 def write_mtp(folder, name):
-    """Save a case's model with one prediction layer, whose inner layer is another model's last.
+    """Save a case's model with one prediction layer, whose inner layer is one of another model.
 
-    Return both models, and all tensors.
+    Return the model, the inner layer's model and the number of that layer in it, and all tensors.
     """
     model = write(folder, CASES[name])
-    other = write(folder / "other", CASES[name], seed=8)
+    layer, changes = INNER.get(name, LAST)
+    other = write(folder / "other", CASES[name], seed=8, **changes)
     tensors = tensors_of(folder)
-    own = WRITERS[name](tensors, tensors_of(folder / "other"))
+    own = WRITERS[name](name, tensors, tensors_of(folder / "other"))
     save_tensors({**tensors, **{k: t.clone() for k, t in own.items()}}, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-    return model, other, tensors_of(folder)
+    path.write_text(json.dumps({**config, key_of(name): 1}))
+    return model, (other, layer), tensors_of(folder)

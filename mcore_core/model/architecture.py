@@ -88,6 +88,22 @@ class Architecture:
     linear_attention: LinearAttentionShape | None = None
     mtp_layers: int = 0
     """Multi-token prediction layers after the decoder."""
+    mtp_dense: bool = False
+    """Their MLPs are dense where the decoder has experts (ernie4_5_moe, exaone_moe)."""
+    mtp_norm: bool = True
+    """Each has a final norm of its own; otherwise the decoder's serves again (ernie4_5_moe)."""
+
+    @property
+    def mtp_kind(self) -> int:
+        """The number of a layer that has the parts of a layer of multi-token prediction.
+
+        These count as layers after the decoder's. Where nothing is said of such a number, they are
+        as the decoder's last layer is.
+        """
+        named = {*(self.moe.layers if self.moe else ())}
+        named |= {*(self.linear_attention.layers if self.linear_attention else ())}
+        own = self.mtp_dense or any(layer >= self.num_layers for layer in named)
+        return self.num_layers if own else self.num_layers - 1
 
     @property
     def ties_head(self) -> bool:

@@ -81,7 +81,7 @@ class ModelPlan:
             "".join(layer_pattern(shape, next(layers)) for _ in range(count))
             for count in self.stage_layers
         )
-        return decoder + ("/" + prediction_pattern(shape)) * shape.mtp_layers
+        return decoder + ("/" + layer_pattern(shape, shape.mtp_kind)) * shape.mtp_layers
 
 
 def layer_pattern(shape: "Architecture", layer: int) -> str:
@@ -91,17 +91,6 @@ def layer_pattern(shape: "Architecture", layer: int) -> str:
         attention = "G"
     experts = shape.moe is not None and layer in shape.moe.layers
     return attention + ("E" if experts else "-")
-
-
-def prediction_pattern(shape: "Architecture") -> str:
-    """Return the positions of a prediction layer: its own kind where given, else the last layer's.
-
-    The layers that predict further ahead count as HF layers after the decoder's.
-    """
-    named = {*(shape.moe.layers if shape.moe else ())}
-    named |= {*(shape.linear_attention.layers if shape.linear_attention else ())}
-    given = any(layer >= shape.num_layers for layer in named)
-    return layer_pattern(shape, shape.num_layers if given else shape.num_layers - 1)
 
 
 def decoder_config(

@@ -74,7 +74,7 @@ class Decoder(HybridModel):  # type: ignore[misc]
     def _predict(self, hidden: Tensor, row: PackedRow, ahead: Sequence[Tensor]) -> Tensor:
         found = [hidden]
         for layer, later_T in zip(self.mtp.layers, ahead, strict=True):
-            found.append(layer(found[-1], self.embed(later_T), row))
+            found.append(layer(found[-1], self.embed(later_T), row, self.decoder.final_norm))
         return torch.cat(found)
 
     def embed(self, tokens_T: Tensor) -> Tensor:

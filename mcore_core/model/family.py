@@ -262,6 +262,8 @@ class Family:
     notes: tuple[str, ...] = ()
     """Differences from transformers, for the reference page."""
     ignored: tuple[Ignored, ...] = (ROTARY_BUFFER,)
+    mtp_key: str = "num_nextn_predict_layers"
+    """The key of the HF config that tells of layers of multi-token prediction."""
 
 
 def fill(name: str, index: Mapping[str, int]) -> str:

@@ -56,6 +56,14 @@ class ConfigReader:
             return default if value is None else 0
         return self.size(key)
 
+    def predictions(self, key: str = "num_nextn_predict_layers", *, most: int = 1) -> int:
+        """Return how many layers of multi-token prediction there are; refuse more than `most`."""
+        found = self.count(key)
+        if found <= most:
+            return found
+        self.refuse(key, f"{self.family}'s checkpoints have names for {most}", f"set {key} to 0")
+        return 0
+
     def number(self, key: str, default: float) -> float:
         """Return a number."""
         value = self.get(key)

@@ -78,13 +78,15 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
             pg_collection=pg_collection,
             is_mtp_layer=True,
         )
-        self.final_layernorm: torch.nn.Module = norm(**sizes)
+        if config.shape.mtp_norm:
+            self.final_layernorm: torch.nn.Module = norm(**sizes)
 
     def forward(
         self,
         hidden: "Tensor",
         embedded: "Tensor",
         row: "PackedRow",
+        final_norm: torch.nn.Module,
     ) -> "Tensor":
         """Return the hidden states that predict one token further, [T, 1, H].
 
@@ -92,6 +94,7 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
             hidden: Of the depth before, normed, [T, 1, H] (with sequence parallelism, T / tp).
             embedded: Embeddings of the tokens that the depth before predicts.
             row: The packed row.
+            final_norm: The decoder's, for a model whose prediction layers have none.
         """
         joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
         joined, _ = self.eh_proj(joined)
@@ -105,5 +108,6 @@ class PredictionLayer(MegatronModule):  # type: ignore[misc]
             rotary_pos_emb=None,
             packed_seq_params=row,
         )
-        normed: Tensor = self.final_layernorm(out)
+        last = self.final_layernorm if self.config.shape.mtp_norm else final_norm
+        normed: Tensor = last(out)
         return normed

@@ -221,6 +221,11 @@ def ending(a: Architecture, twins: tuple[str, ...] = (), *, norm_name: str = "no
     return rules
 
 
+def prediction_shape(a: Architecture) -> Shape:
+    """Return the shape of what joins an embedding and a hidden state for a prediction layer."""
+    return (a.hidden_size, 2 * a.hidden_size)
+
+
 def norm(
     a: Architecture,
     at: Block,

@@ -18,6 +18,7 @@ from mcore_core.model.tables import (
     linear,
     norm,
     plain,
+    prediction_shape,
 )
 from mcore_core.model.tables_moe import DEEPSEEK_MOE, MoENames, mlp_or_moe, moe
 
@@ -65,7 +66,13 @@ def twins(a: Architecture, name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{a.num_layers + i}.{name}" for i in range(a.mtp_layers))
 
 
-def mtp(a: Architecture, attention: Callable[[Architecture, Block], list[Rule]]) -> list[Rule]:
+def mtp(
+    a: Architecture,
+    attention: Callable[[Architecture, Block], list[Rule]],
+    moe_names: MoENames = DEEPSEEK_MOE,
+    *,
+    final_norm: str = "shared_head.norm",
+) -> list[Rule]:
     """Return the multi-token prediction layers: HF numbers them after the decoder's."""
     rules: list[Rule] = []
     for i in range(a.mtp_layers):
@@ -73,9 +80,8 @@ def mtp(a: Architecture, attention: Callable[[Architecture, Block], list[Rule]])
         inner = Block(outer.hf, outer.mcore + "transformer_layer.")
         rules += norm(a, outer, "enorm", "enorm")
         rules += norm(a, outer, "hnorm", "hnorm")
-        shape = (a.hidden_size, 2 * a.hidden_size)
-        rules.append(plain(outer, "eh_proj.weight", "eh_proj.weight", shape, COLUMN))
+        rules.append(plain(outer, "eh_proj.weight", "eh_proj.weight", prediction_shape(a), COLUMN))
         rules += attention(a, inner)
-        rules += moe(a, inner, DEEPSEEK_MOE) if a.moe is not None else dense_mlp(a, inner)
-        rules += norm(a, outer, "shared_head.norm", "final_layernorm")
+        rules += moe(a, inner, moe_names) if a.moe is not None else dense_mlp(a, inner)
+        rules += norm(a, outer, final_norm, "final_layernorm")
     return rules

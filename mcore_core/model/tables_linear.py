@@ -10,11 +10,13 @@ from mcore_core.model.tables import (
     Names,
     attention,
     decoder_layers,
+    dense_mlp,
     linear,
     norm,
     plain,
+    prediction_shape,
 )
-from mcore_core.model.tables_moe import QWEN_MOE, moe
+from mcore_core.model.tables_moe import QWEN_MOE, MoENames, moe
 from mcore_core.model.transforms import Rows, Run, spread
 
 
@@ -70,17 +72,18 @@ def delta_net(a: Architecture, at: Block, *, fused: bool) -> list[Rule]:
     return rules + linear(at, hf + "out_proj", mcore + "out_proj", out, ROW)
 
 
-def qwen_mtp(a: Architecture) -> list[Rule]:
-    """Return Qwen3-Next's multi-token prediction layer: gated attention and experts."""
+def qwen_mtp(a: Architecture, moe_names: MoENames = QWEN_MOE) -> list[Rule]:
+    """Return the prediction layer that Qwen3-Next has, and others after it: attention and MLP."""
     rules: list[Rule] = []
     for i in range(a.mtp_layers):
         outer = Block("mtp.", f"mtp.layers.{i}.")
         inner = Block(f"mtp.layers.{i}.", outer.mcore + "transformer_layer.")
         rules += norm(a, outer, "pre_fc_norm_embedding", "enorm")
         rules += norm(a, outer, "pre_fc_norm_hidden", "hnorm")
-        shape = (a.hidden_size, 2 * a.hidden_size)
-        rules.append(plain(outer, "fc.weight", "eh_proj.weight", shape, COLUMN))
-        rules += [*attention(a, inner), *moe(a, inner, QWEN_MOE)]
+        rules.append(plain(outer, "fc.weight", "eh_proj.weight", prediction_shape(a), COLUMN))
+        experts = a.moe is not None and not a.mtp_dense
+        rules += attention(a, inner)
+        rules += moe(a, inner, moe_names) if experts else dense_mlp(a, inner)
         rules += norm(a, outer, "norm", "final_layernorm")
     return rules
 

@@ -185,11 +185,9 @@ class _Layer:
         yield self.norm("enorm", hidden)
         yield self.norm("hnorm", hidden)
         yield from self.column("eh_proj", 2 * hidden, hidden)
-        named = {*(shape.moe.layers if shape.moe else ())}
-        named |= {*(shape.linear_attention.layers if shape.linear_attention else ())}
-        own = any(layer >= shape.num_layers for layer in named)
-        yield from self.layer(shape.num_layers if own else shape.num_layers - 1)
-        yield self.norm("final_layernorm", hidden)
+        yield from self.layer(shape.mtp_kind)
+        if shape.mtp_norm:
+            yield self.norm("final_layernorm", hidden)
 
 
 def padded_vocab(shape: "Architecture", layout: "Layout", given: int | None = None) -> int:

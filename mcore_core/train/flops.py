@@ -57,8 +57,7 @@ def step_flops(
     linear = token_flops(shape) * size.tokens + 2.0 * _head(shape) * size.head_tokens
     attention = _scores(shape, size, range(shape.num_layers))
     if depths:
-        last = shape.num_layers - 1
-        ahead = [last if last + 1 + d not in _named(shape) else last + 1 + d for d in range(depths)]
+        ahead = [shape.mtp_kind] * depths
         # each depth joins the embedding of a later token to the hidden state, and has the head
         joined = 2 * 2 * shape.hidden_size**2
         linear += depths * (joined * size.tokens + 2 * _head(shape) * size.head_tokens)
@@ -76,11 +75,6 @@ def forward_flops(shape: "Architecture", size: StepSize) -> float:
 def token_flops(shape: "Architecture") -> float:
     """Return the operations of all layers on one token, without scores and head."""
     return float(sum(_layer(shape, layer) for layer in range(shape.num_layers)))
-
-
-def _named(shape: "Architecture") -> set[int]:
-    moe, linear = shape.moe, shape.linear_attention
-    return {*(moe.layers if moe else ()), *(linear.layers if linear else ())}
 
 
 def _head(shape: "Architecture") -> int:

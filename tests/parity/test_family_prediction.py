@@ -10,23 +10,38 @@ from family_runs import LENGTHS, build, tokens_and_weights
 
 from mcore_core.testing.ranks import fork_ranks
 
+QWEN = ("mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+DEEPSEEK = ("model.layers.2.", "enorm", "hnorm", "eh_proj", "shared_head.norm")
+MIMO = ("model.mtp_layers.0.", "token_layernorm", "hidden_layernorm", "input_proj")
 OUTER = {
-    "deepseek": ("enorm", "hnorm", "eh_proj", "shared_head.norm"),
-    "qwen": ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
-    "mimo": ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": DEEPSEEK,
+    "glm4_moe": DEEPSEEK,
+    "hy_v3": (*DEEPSEEK[:-1], "final_layernorm"),
+    "qwen3_next": QWEN,
+    "qwen3_5_text": QWEN,
+    "qwen3_5_moe_text": QWEN,
+    "exaone_moe": QWEN,
+    "mimo": (*MIMO, "final_layernorm"),
+    "ernie4_5_moe": ("model.", "mtp_emb_norm.0", "mtp_hidden_norm.0", "mtp_linear_proj.0", "norm"),
 }
+
+
+WINDOWS = {"exaone_moe": 5}
+"""Of inner layers whose attention is windowed."""
 
 
 def outer_of(name, tensors):
     """Return the norm of embeddings, the norm of hidden states, the projection, the last norm."""
-    kind = {"qwen3_next": "qwen", "mimo": "mimo"}.get(name, "deepseek")
-    prefix = {"qwen": "mtp.", "mimo": "model.mtp_layers.0."}.get(kind, "model.layers.2.")
-    return [tensors[f"{prefix}{n}.weight"].double() for n in OUTER[kind]]
+    prefix, *names = OUTER[name]
+    return [tensors[f"{prefix}{n}.weight"].double() for n in names]
 
 
-def reference(name, model, other, tensors, tokens_T, later_T):
+def reference(name, model, inner, tensors, tokens_T, later_T):
     """Return the logits of the second next token, float64: transformers' layers put together."""
+    other, number = inner
     model, other = model.double(), other.double()
+    window = WINDOWS.get(name, sum(LENGTHS))
     enorm, hnorm, project, last = outer_of(name, tensors)
 
     def norm(weight, x):
@@ -41,10 +56,11 @@ def reference(name, model, other, tensors, tokens_T, later_T):
         both = (hidden, embedded) if name == "mimo" else (embedded, hidden)
         x = torch.cat(both, -1) @ project.T
         positions = torch.arange(len(tokens))[None]
-        mask = torch.full((len(tokens),) * 2, float("-inf")).triu(1)[None, None].double()
-        x = other.model.layers[-1](
+        outside = torch.full((len(tokens),) * 2, float("-inf"), dtype=torch.float64)
+        mask = outside.triu(1) + outside.tril(-window)
+        x = other.model.layers[number](
             x,
-            attention_mask=mask,
+            attention_mask=mask[None, None],
             position_ids=positions,
             position_embeddings=other.model.rotary_emb(x, positions),
         )
@@ -67,11 +83,11 @@ def _run(folder, family, tokens_T, later_T):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_predictions_equal_a_float64_reference(tmp_path, name):
-    model, other, tensors = write_mtp(tmp_path, name)
+    model, inner, tensors = write_mtp(tmp_path, name)
     tokens_T, _ = tokens_and_weights()
     later_T = torch.cat([torch.cat((t[1:], t.new_zeros(1))) for t in tokens_T.split(LENGTHS)])
     with torch.no_grad():
-        expected_TV = reference(name, model, other, tensors, tokens_T, later_T)
+        expected_TV = reference(name, model, inner, tensors, tokens_T, later_T)
     family = family_of(CASES[name])
     (found_TV,) = fork_ranks(lambda _: _run(tmp_path, family, tokens_T, later_T), 1)
     assert expected_TV.std() >= 1
@@ -102,6 +118,9 @@ def _round_trip(folder, out, family, sizes):
         ("qwen3_next", "tp2-ep2"),
         ("mimo", "pp2"),
         ("mimo", "tp2"),
+        ("ernie4_5_moe", "tp2-ep2"),
+        ("exaone_moe", "pp2"),
+        ("qwen3_5_moe_text", "tp2-ep2"),
     ],
 )
 def test_round_trip(tmp_path, name, layout):

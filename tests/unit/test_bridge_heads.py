@@ -87,6 +87,7 @@ def test_a_table_names_what_it_leaves_out():
         ("deepseek_v3", "model.layers.{n}."),
         ("qwen3_next", "mtp."),
         ("mimo", "model.mtp_layers.0."),
+        ("ernie4_5_moe", "model.mtp_block."),
     ):
         case = CASES[name]
         family = family_of(case)

@@ -164,7 +164,7 @@ REFUSED = {
     "starcoder2": ({}, {"embedding_dropout": 0.1}),
     "smollm3": ({}, {"no_rope_layers": [1]}),
     "qwen3_next": (MOE, {"attention_bias": True}, {"layer_types": ["sliding_attention"] * 3}),
-    "ernie4_5_moe": ({}, {"use_bias": True}, {"num_nextn_predict_layers": 1}),
+    "ernie4_5_moe": ({}, {"use_bias": True}, {"num_nextn_predict_layers": 2}),
     "minimax_m2": ({}, {"scoring_func": "softmax"}, {"use_qk_norm": False}),
     "deepseek_v2": (
         DEEPSEEK | {"norm_topk_prob": False},

@@ -109,8 +109,7 @@ def expert_layers(config: "DecoderConfig") -> tuple[int, ...]:
     if shape.moe is None:
         return ()
     layers = [n for n in shape.moe.layers if n < shape.num_layers]
-    own = [n for n in shape.moe.layers if n >= shape.num_layers]
-    if shape.mtp_layers and (own or shape.num_layers - 1 in layers):
+    if shape.mtp_layers and shape.mtp_kind in shape.moe.layers:
         layers += range(shape.num_layers, shape.num_layers + shape.mtp_layers)
     return tuple(layers)
 

@@ -6,6 +6,7 @@ from mcore_hfbridge.coverage import Coverage, coverage
 from mcore_hfbridge.export import export
 from mcore_hfbridge.load import load
 from mcore_hfbridge.plan import Plan
+from mcore_hfbridge.predictions import announced
 from mcore_hfbridge.ranks import Ranks
 from mcore_hfbridge.save import save, save_file
 from mcore_hfbridge.upcycle import Upcycling, upcycle
@@ -65,10 +66,18 @@ class HFBridge:
         """Write an HF checkpoint; collective. Files hold at most `max_shard_size` bytes.
 
         `source` gives config.json, into which `config` is merged, and the tokenizer's files.
+        Prediction layers that the model goes without are not announced.
         """
         own = _weights(chunks)
+        config = self.config_changes(source) | dict(config or {})
         written = own if weights is None else weights
         save(self.plan, written, path, Ranks.of(own), max_shard_size, source, config)
+
+    def config_changes(self, source: "Path | None") -> dict[str, Any]:
+        """Return what config.json of a saved model says other than the source's."""
+        if source is None or announced(self.family, source) <= self.architecture.mtp_layers:
+            return {}
+        return {self.family.mtp_key: self.architecture.mtp_layers}
 
     def export(
         self,

@@ -62,7 +62,7 @@ def coverage(plans: "Sequence[Plan]", folder: "Path") -> Coverage:
             claim.expected += name not in rule.hf_copies and not rule.optional
             if name in files.tensors:
                 claim.tensors.append(name)
-    reasons = {i.pattern: i.reason for i in plan.ignored}
+    reasons = {i.pattern: i.reason for i in plan.ignored_in(folder)}
     ignored = {
         name: reason
         for name in files.tensors

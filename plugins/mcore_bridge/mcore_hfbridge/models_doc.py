@@ -37,8 +37,11 @@ EVERYWHERE = """
 - fp8 weights with `weight_block_size` are dequantized while loading and saved in the run's type.
 - Experts stacked in one tensor, as transformers 5 has them in memory, are read too; what is saved
   is the layout that transformers' `save_pretrained` writes.
-- Multi-token prediction layers, which transformers ignores, are loaded and saved where
-  config.json has `num_nextn_predict_layers` (deepseek_v3, kimi_k2, glm4_moe, qwen3_next, mimo).
+- Multi-token prediction layers, which transformers ignores, are loaded, trained and saved where
+  config.json has `num_nextn_predict_layers` (deepseek_v3, kimi_k2, glm4_moe, ernie4_5_moe,
+  exaone_moe, hy_v3, qwen3_next, mimo) or `mtp_num_hidden_layers` (qwen3_5_text, qwen3_5_moe_text).
+  `--mtp_num_layers 0` leaves them out. Their formulas are those of DeepSeek-V3's paper, with what
+  FastDeploy (ernie4_5_moe) and vLLM (the others) do differently.
 - Rope types whose frequencies depend on the length (dynamic, longrope) are fixed for the run by
   `--max_length`.
 """

@@ -2,24 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from mcore_core.errors import Problem
 from mcore_core.model.family import Ignored
 from mcore_hfbridge.hf_files import BYTES, FLOATS, HFFiles, HFTensor
+from mcore_hfbridge.predictions import MOST, announced, prediction_layers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mcore_core.model.architecture import Architecture
     from mcore_core.model.family import Family, Piece, Rule, Shape
 
 _OPTIONS = "fix: check the model options; if they are right, the family is at fault"
-_DEPTHS = 4
-"""No checkpoint has more layers of multi-token prediction."""
 SHOWN = 50
 """Problems listed one by one; more are counted."""
 
@@ -125,14 +125,15 @@ class Plan:
                 "MC530",
                 f"{files.folder} lacks the tensor {name!r}: expected {list(part.shape)}, found "
                 "nothing",
-                [f"{part.held_by[0][0]} is made of it", _complete(part)],
+                [f"{part.held_by[0][0]} is made of it", _complete(part, self.family.mtp_key)],
             )
             for name, part in self.hf.items()
             if name not in files.tensors and not part.optional
         ]
+        ignored = self.ignored_in(files.folder)
         allowed = self.hf | {c: p for p in self.hf.values() for c in p.copies}
         for name, tensor in files.tensors.items():
-            if self.is_ignored(name) or name in files.scales:
+            if _matches(ignored, name) or name in files.scales:
                 continue
             if found := self._misfit(tensor, allowed.get(name)):
                 code, why, fix = found
@@ -145,9 +146,24 @@ class Plan:
         """What is left out on purpose: by the family, or since this model has no such part."""
         return (*self.family.ignored, *_left_out(self.family, self._architecture))
 
+    def ignored_in(self, folder: "Path") -> "tuple[Ignored, ...]":
+        """Return what is left out of a folder: also prediction layers that the run does without."""
+        if self._architecture.head != "lm":
+            return self.ignored
+        depths = range(self._architecture.mtp_layers, announced(self.family, folder))
+        why = "a layer of multi-token prediction beyond --mtp_num_layers"
+        return (*self.ignored, *prediction_layers(self.family, self._architecture, depths, why))
+
     def is_ignored(self, name: str) -> bool:
-        """Return whether a tensor is left out on purpose."""
-        return any(re.fullmatch(i.pattern, name) for i in self.ignored)
+        """Return whether a tensor is left out on purpose, of any folder."""
+        return _matches(self.ignored, name)
+
+    @cached_property
+    def _unannounced(self) -> "list[Ignored]":
+        """What the first prediction layer would have, where config.json tells of none."""
+        if self._architecture.head != "lm" or self._architecture.mtp_layers:
+            return []
+        return prediction_layers(self.family, self._architecture, range(1), "")
 
     def missing(self, files: HFFiles) -> int:
         """Return how many of the table's tensors are not in the files."""
@@ -158,7 +174,10 @@ class Plan:
         belong = "check that config.json and the model options belong to these weights"
         if part is None:
             why = f"has no place in family {self.family.name!r}: expected no such tensor, found "
-            return "MC531", why + f"{list(tensor.shape)}", belong
+            key = self.family.mtp_key
+            predicts = f"set {key} to 1 in config.json: it is of a layer of multi-token prediction"
+            fix = predicts if _matches(self._unannounced, tensor.name) else belong
+            return "MC531", why + f"{list(tensor.shape)}", fix
         if tensor.shape != part.shape:
             why = f"has another shape: expected {list(part.shape)}, found {list(tensor.shape)}"
             return "MC532", why, belong
@@ -208,9 +227,13 @@ def shorten(problems: Sequence[Problem]) -> list[Problem]:
     return [*unique[:SHOWN], rest]
 
 
-def _complete(part: HFPart) -> str:
+def _matches(ignored: "Sequence[Ignored]", name: str) -> bool:
+    return any(re.fullmatch(i.pattern, name) for i in ignored)
+
+
+def _complete(part: HFPart, key: str) -> str:
     predicts = any(name.startswith("mtp.") for name, _ in part.held_by)
-    without = ", or set num_nextn_predict_layers to 0 in config.json to go without"
+    without = f", or set {key} to 0 in config.json to go without"
     return "fix: use a complete checkpoint" + (without if predicts else "")
 
 
@@ -218,15 +241,9 @@ def _left_out(family: "Family", architecture: "Architecture") -> list[Ignored]:
     """Return what a language model's checkpoint has that a model with another head has not."""
     if architecture.head == "lm":
         return []
-    found = [Ignored(r"lm_head\..*", "the output layer: this model does not predict tokens")]
-    for i in range(_DEPTHS):
-        rules = family.rules(replace(architecture, mtp_layers=i + 1))
-        names = [n for r in rules if r.mcore.startswith(f"mtp.layers.{i}.") for n in r.hf]
-        prefix = commonprefix(names)  # noqa: RUF071  (names, not paths)
-        if "." in prefix:
-            pattern = re.escape(prefix[: prefix.rindex(".") + 1]) + ".*"
-            found.append(Ignored(pattern, "a layer of multi-token prediction: this model has none"))
-    return found
+    head = Ignored(r"lm_head\..*", "the output layer: this model does not predict tokens")
+    why = "a layer of multi-token prediction: this model has none"
+    return [head, *prediction_layers(family, architecture, range(MOST), why)]
 
 
 def _instances(rule: "Rule") -> list[Weight]:

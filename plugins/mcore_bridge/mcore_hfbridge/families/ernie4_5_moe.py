@@ -1,4 +1,7 @@
-"""ernie4_5_moe: softmax experts with a bias for the choice, in the upper layers."""
+"""ernie4_5_moe: softmax experts with a bias for the choice, in the upper layers.
+
+Its prediction layer is dense and ends in the decoder's own norm, as in Baidu's FastDeploy.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,9 +9,18 @@ from functools import partial
 from typing import Any
 
 from mcore_core.model.architecture import Architecture
-from mcore_core.model.family import Family
+from mcore_core.model.family import Family, Rule
 from mcore_core.model.hf_config import ConfigReader, llama_like
 from mcore_core.model.hf_moe import softmax_experts
+from mcore_core.model.tables import (
+    COLUMN,
+    Block,
+    attention,
+    dense_mlp,
+    linear,
+    norm,
+    prediction_shape,
+)
 from mcore_core.model.tables_moe import MoENames, moe_decoder, stacked
 
 
@@ -20,7 +32,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     )
     reader.only("use_bias", False, "experts, their router and the output layer have no biases here")
-    reader.only("num_nextn_predict_layers", 0, "its multi-token prediction layers cannot be built")
     reader.number("moe_norm_min", 1e-12)  # softmax over the chosen ones cannot come near it
     layers = reader.size("num_hidden_layers")
     last = reader.get("moe_layer_end_index")
@@ -34,6 +45,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         reader,
         theta=5e5,
         rotary_interleaved=True,
+        mtp_layers=reader.predictions(),
+        mtp_dense=True,
+        mtp_norm=False,
         moe=softmax_experts(
             reader,
             [i for i in range(first, min(last + 1, layers)) if (i + 1) % every == 0],
@@ -51,11 +65,23 @@ NAMES = MoENames(expert_bias="moe_statics.e_score_correction_bias", bias_has_axi
 IN_MEMORY = replace(stacked(NAMES), expert_bias=f"gate.{NAMES.expert_bias}")
 
 
+def rules(a: Architecture, moe_names: MoENames = NAMES) -> list[Rule]:
+    """Return the table; parts of a prediction layer are numbered each for itself."""
+    out = moe_decoder(a, moe_names)
+    for i in range(a.mtp_layers):
+        outer = Block("model.", f"mtp.layers.{i}.")
+        inner = Block(f"model.mtp_block.{i}.", outer.mcore + "transformer_layer.")
+        out += norm(a, outer, f"mtp_emb_norm.{i}", "enorm")
+        out += norm(a, outer, f"mtp_hidden_norm.{i}", "hnorm")
+        out += linear(outer, f"mtp_linear_proj.{i}", "eh_proj", prediction_shape(a), COLUMN)
+        out += [*attention(a, inner), *dense_mlp(a, inner)]
+    return out
+
+
 FAMILY = Family(
     name="ernie4_5_moe",
     architectures=("Ernie4_5_MoeForCausalLM",),
     architecture=architecture,
-    rules=partial(moe_decoder, moe_names=NAMES),
-    also_reads=(partial(moe_decoder, moe_names=IN_MEMORY),),
-    notes=("multi-token prediction layers are refused",),
+    rules=rules,
+    also_reads=(partial(rules, moe_names=IN_MEMORY),),
 )

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from mcore_core.model.architecture import Architecture
-from mcore_core.model.family import Family
+from mcore_core.model.family import Family, Rule
 from mcore_core.model.hf_config import FULL, WINDOWED, ConfigReader, llama_like
 from mcore_core.model.hf_moe import sigmoid_experts, sparse_layers
-from mcore_core.model.tables_moe import DEEPSEEK_MOE, moe_decoder, stacked
+from mcore_core.model.tables_linear import qwen_mtp
+from mcore_core.model.tables_moe import DEEPSEEK_MOE, MoENames, moe_decoder, stacked
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -27,7 +28,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             "sliding_window_pattern": 4,
         },
     )
-    reader.only("num_nextn_predict_layers", 0, "its multi-token prediction layers cannot be built")
     layers, window = reader.size("num_hidden_layers"), reader.optional_size("sliding_window")
     every = reader.get("sliding_window_pattern")
     if reader.get("layer_types") is None and not isinstance(every, int):
@@ -36,11 +36,15 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     usual = [WINDOWED if (i + 1) % every else FULL for i in range(layers)]
     kinds = reader.layer_kinds(layers, usual)
     without = [i for i, kind in enumerate(kinds) if window and kind == FULL]
+    predicts = reader.predictions()  # by a layer like the first, with positions in any case
+    kinds = (*kinds, *kinds[:predicts])
     width = reader.size("moe_intermediate_size", 1024)
     return llama_like(
         reader,
         qk_layernorm=True,
         no_rope_layers=tuple(without),
+        mtp_layers=predicts,
+        mtp_dense=True,
         moe=sigmoid_experts(
             reader,
             sparse_layers(reader, first_dense=reader.count("first_k_dense_replace", 1)),
@@ -53,11 +57,16 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 NAMES = replace(DEEPSEEK_MOE, expert_bias="e_score_correction_bias")
 
+
+def rules(a: Architecture, moe_names: MoENames = NAMES) -> list[Rule]:
+    """Return the table."""
+    return [*moe_decoder(a, moe_names), *qwen_mtp(a)]
+
+
 FAMILY = Family(
     name="exaone_moe",
     architectures=("ExaoneMoeForCausalLM",),
     architecture=architecture,
-    rules=partial(moe_decoder, moe_names=NAMES),
-    also_reads=(partial(moe_decoder, moe_names=stacked(DEEPSEEK_MOE)),),
-    notes=("multi-token prediction layers are refused",),
+    rules=rules,
+    also_reads=(partial(rules, moe_names=stacked(DEEPSEEK_MOE)),),
 )

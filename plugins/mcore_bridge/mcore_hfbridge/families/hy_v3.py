@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 from mcore_core.model.architecture import Architecture
-from mcore_core.model.family import Family
+from mcore_core.model.family import Family, Rule
 from mcore_core.model.hf_config import ConfigReader, llama_like
 from mcore_core.model.hf_moe import sigmoid_experts, sparse_layers
+from mcore_core.model.tables import attention
+from mcore_core.model.tables_latent import mtp
 from mcore_core.model.tables_moe import DEEPSEEK_MOE, MoENames, moe_decoder, stacked
 
 
@@ -34,6 +36,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         theta=11_158_840.0,
         qk_layernorm=True,
         add_qkv_bias=bias,
+        mtp_layers=reader.count("num_nextn_predict_layers"),
         attention_output_bias=bias,
         moe=sigmoid_experts(
             reader,
@@ -48,11 +51,18 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 NAMES = MoENames(router="router.gate", expert_bias="expert_bias", shared="shared_mlp")
 IN_MEMORY = replace(stacked(DEEPSEEK_MOE), expert_bias="e_score_correction_bias")
 
+
+def rules(a: Architecture, moe_names: MoENames = NAMES) -> list[Rule]:
+    """Return the table."""
+    ahead = mtp(a, attention, moe_names, final_norm="final_layernorm")
+    return [*moe_decoder(a, moe_names), *ahead]
+
+
 FAMILY = Family(
     name="hy_v3",
     architectures=("HYV3ForCausalLM",),
     architecture=architecture,
-    rules=partial(moe_decoder, moe_names=NAMES),
-    also_reads=(partial(moe_decoder, moe_names=IN_MEMORY),),
+    rules=rules,
+    also_reads=(partial(rules, moe_names=IN_MEMORY),),
     notes=("routed and shared experts are added in the model's own type, not in float32",),
 )

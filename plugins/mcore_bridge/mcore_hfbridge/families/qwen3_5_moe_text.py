@@ -9,7 +9,7 @@ from mcore_core.model.family import Family, Rule
 from mcore_core.model.hf_config import ConfigReader, llama_like
 from mcore_core.model.hf_moe import delta_net_shape, softmax_experts
 from mcore_core.model.tables import embedding, ending
-from mcore_core.model.tables_linear import mixed_attention
+from mcore_core.model.tables_linear import mixed_attention, qwen_mtp
 from mcore_core.model.tables_moe import QWEN_MOE, MoENames, mlp_or_moe, stacked
 
 
@@ -28,6 +28,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         qk_layernorm=True,
         attention_output_gate=True,
         linear_attention=delta_net_shape(reader),
+        mtp_layers=reader.predictions("mtp_num_hidden_layers"),
         ffn_hidden_size=reader.size("moe_intermediate_size"),  # no layer is dense
         moe=softmax_experts(
             reader, layers, normalized=True, shared_ffn_hidden_size=shared, shared_gate=True
@@ -42,6 +43,7 @@ def rules(a: Architecture, moe_names: MoENames = QWEN_MOE) -> list[Rule]:
         *mixed_attention(a, fused=False),
         *mlp_or_moe(a, moe_names),
         *ending(a),
+        *qwen_mtp(a),
     ]
 
 
@@ -51,4 +53,5 @@ FAMILY = Family(
     architecture=architecture,
     rules=rules,
     also_reads=(partial(rules, moe_names=stacked(QWEN_MOE)),),
+    mtp_key="mtp_num_hidden_layers",
 )

@@ -8,7 +8,7 @@ from mcore_core.model.family import Family, Rule
 from mcore_core.model.hf_config import ConfigReader, llama_like
 from mcore_core.model.hf_moe import delta_net_shape
 from mcore_core.model.tables import decoder_layers, dense_mlp, embedding, ending
-from mcore_core.model.tables_linear import mixed_attention
+from mcore_core.model.tables_linear import mixed_attention, qwen_mtp
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -23,6 +23,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         qk_layernorm=True,
         attention_output_gate=True,
         linear_attention=delta_net_shape(reader),
+        mtp_layers=reader.predictions("mtp_num_hidden_layers"),
     )
 
 
@@ -33,6 +34,7 @@ def rules(a: Architecture) -> list[Rule]:
         *mixed_attention(a, fused=False),
         *dense_mlp(a, decoder_layers(a)),
         *ending(a),
+        *qwen_mtp(a),
     ]
 
 
@@ -41,4 +43,5 @@ FAMILY = Family(
     architectures=("Qwen3_5ForCausalLM",),
     architecture=architecture,
     rules=rules,
+    mtp_key="mtp_num_hidden_layers",
 )

@@ -26,7 +26,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         qk_layernorm=True,
         attention_output_gate=True,
         linear_attention=delta_net_shape(reader),
-        mtp_layers=reader.count("num_nextn_predict_layers"),
+        mtp_layers=reader.predictions(),
         moe=softmax_experts(
             reader,
             qwen_sparse_layers(reader),
@@ -53,5 +53,4 @@ FAMILY = Family(
     architecture=architecture,
     rules=rules,
     also_reads=(partial(rules, moe_names=stacked(QWEN_MOE)),),
-    notes=("num_nextn_predict_layers in config.json tells that there are mtp tensors",),
 )
