@@ -17,7 +17,7 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("layer_losses.py")
 NAMES = (
     "postnorm gate moe-softmax moe-groups moe-gpt-oss mla mla-direct mla-moe gdn mtp mtp-tied "
-    "mla-moe-mtp gdn-moe"
+    "mla-moe-mtp moe-mtp-dense gdn-moe"
 )
 
 

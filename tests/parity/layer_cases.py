@@ -84,6 +84,7 @@ SHAPES = {
     ),
     "mtp": shape(mtp_layers=2, qk_layernorm=True),
     "mtp-tied": shape(mtp_layers=1, tie_word_embeddings=True, embedding_scale=2.0),
+    "moe-mtp-dense": shape(moe=GROUPS, mtp_layers=1, mtp_dense=True, mtp_norm=False),
     "mla-moe-mtp": shape(mla=MLA, num_query_groups=4, moe=GROUPS, mtp_layers=1),
     "gdn-moe": shape(linear_attention=GDN, moe=dataclasses.replace(MOE, shared_ffn_hidden_size=8)),
 }

@@ -60,6 +60,8 @@ PAIRS = [
     ("mtp", "pp2"),
     ("mtp-tied", "pp2"),
     ("mtp-tied", "tp2"),
+    ("moe-mtp-dense", "pp2"),
+    ("moe-mtp-dense", "tp2-sp-ep2"),
     ("mla-moe-mtp", "tp2-sp-ep2"),
     ("mla-moe-mtp", "cp2"),
 ]

@@ -31,7 +31,7 @@ def reference(name):
                 for depth, layer in enumerate(chunk.mtp.layers):
                     k = depth + 1
                     later = torch.cat((ids[k:], torch.zeros(min(k, len(ids)), dtype=torch.long)))
-                    hidden = layer(hidden, chunk.embed(later), row)
+                    hidden = layer(hidden, chunk.embed(later), row, chunk.decoder.final_norm)
                     seen = hidden[: max(0, len(ids) - k - 1), 0]
                     logits = seen @ chunk.head_weight()[:words].t()
                     losses = F.cross_entropy(logits, ids[k + 1 :], reduction="none")
@@ -42,7 +42,7 @@ def reference(name):
     return fork_ranks(one_rank, 1)[0]
 
 
-@pytest.mark.parametrize("name", ["mtp", "mtp-tied"])
+@pytest.mark.parametrize("name", ["mtp", "mtp-tied", "moe-mtp-dense"])
 def test_loss(name):
     total, count, _ = reference(name)
     assert (count > 0).all()
