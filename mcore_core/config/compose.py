@@ -73,6 +73,12 @@ class RunConfig:
         source = Source("replace", {**kept, **values})
         return compose(groups, [source], defaults=self._defaults)
 
+    def without(self, *names: str) -> "RunConfig":
+        """Return a config in which these options are as if nobody had given them."""
+        groups = dict.fromkeys(self._groups, "")
+        kept = {n: self.get(n) for n in self._owner if self.is_set(n) and n not in names}
+        return compose(groups, [Source("without", kept)], defaults=self._defaults)
+
     def dump(self) -> dict[str, Any]:
         """Return the flat options as JSON types; composing them again gives an equal config.
 

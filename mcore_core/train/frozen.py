@@ -1,7 +1,9 @@
 """The models beside the policy that a recipe asks for, in the policy's layout; none trains."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from mcore_core.config.layout_rules import check_model, split_options
 from mcore_core.config.source import read_yaml
 from mcore_core.config.tuner import LoraConfig
 from mcore_core.config.weights import WeightsConfig
-from mcore_core.errors import UsageError, usage_error
+from mcore_core.errors import Problem, UsageError, usage_error
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
 from mcore_core.parallel.stages import layers_per_stage
 from mcore_core.protocols import FrozenModel, TunerContext
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from mcore_core.model.build import ModelPlan
     from mcore_core.platform.base import Platform
     from mcore_core.protocols import Tuner
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's file about an adapter."""
 
 
 def frozen_source(
@@ -123,6 +128,7 @@ def build_frozen(
     """
     return {
         name: _build(
+            name,
             frozen_source(name, each, policy, config, manager),
             each,
             config,
@@ -137,6 +143,7 @@ def build_frozen(
 
 
 def _build(
+    name: str,
     source: ModelSource,
     wanted: FrozenModel,
     config: "RunConfig",
@@ -156,7 +163,8 @@ def _build(
     )
     chunks = build_model(plan, config, on_cpu=platform.name == "cpu", initialize=False)
     bridge = bridge_class(source.family, source.architecture)
-    tuner = _adapters(wanted, source, config, tuners, bridge)
+    with _options_of(name):
+        tuner = _adapters(wanted, source, config, tuners, bridge)
     if tuner is not None:
         tuner.apply(chunks)
     if wanted.load is None:
@@ -167,7 +175,8 @@ def _build(
         options = config[CheckpointConfig].model_copy(update=only_weights)
         load(Trainable(chunks, None, source.layout), found, options)
     if tuner is not None:
-        tuner.load(chunks)
+        with _options_of(name):
+            tuner.load(chunks)
     model = freeze(chunks, plan)
     if not wanted.offload:
         return model
@@ -181,21 +190,49 @@ def _adapters(
     tuners: "Catalogue[Any]",
     bridge: Any,  # noqa: ANN401
 ) -> "Tuner | None":
-    """Return what puts a frozen model's adapters beside its weights, where it has any."""
+    """Return what puts a frozen model's adapters beside its weights, where it has any.
+
+    The policy's own adapter options say nothing about them. Of a run its adapter in PEFT's format
+    is taken, or where it was saved without one what its options and its state say.
+    """
+    config = config.without(*LoraConfig.model_fields, "adapters")
+    options: dict[str, Any]
     if wanted.adapters:
-        options: dict[str, Any] = {"adapters": list(wanted.adapters), "adapter_load": None}
+        options = {"adapters": list(wanted.adapters)}
     elif wanted.adapter_load is not None:
         found = checkpoints.require(Path(wanted.adapter_load).expanduser())
-        given = read_yaml(str(found.path / "run.yaml")).values
-        options = {n: given[n] for n in (*LoraConfig.model_fields, "adapters") if n in given}
-        options |= {"adapter_load": str(found.path), "adapters": []}
+        if (found.path / ADAPTER_CONFIG).is_file():
+            options = {"adapters": [str(found.path)]}
+        else:
+            given = read_yaml(str(found.path / "run.yaml")).values
+            options = {n: given[n] for n in LoraConfig.model_fields if n in given}
+            options["adapter_load"] = str(found.path)
     else:
         return None
-    asked = config.replace(**options, tuner_type="lora", merge_lora=None)
+    asked = config.replace(**options, model=str(source.path), tuner_type="lora", merge_lora=None)
     context = TunerContext(
         config=asked, family=source.family, architecture=source.architecture, bridge=bridge
     )
     return build_tuner(tuners, context)
+
+
+@contextmanager
+def _options_of(name: str) -> Iterator[None]:
+    """Name the options that a frozen model's adapters were given by, not the policy's."""
+    try:
+        yield
+    except UsageError as error:
+        own = re.compile(r"--(model|adapters|adapter_load)\b")
+        raise UsageError(
+            [
+                Problem(
+                    p.code,
+                    own.sub(rf"--{name}_\1", p.message),
+                    [own.sub(rf"--{name}_\1", note) for note in p.notes],
+                )
+                for p in error.problems
+            ]
+        ) from error
 
 
 def freeze(chunks: list[Any], plan: Any) -> ScoredModel:  # noqa: ANN401

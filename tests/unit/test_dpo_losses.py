@@ -1,18 +1,16 @@
 """Every loss over pairs, value and gradient, against TRL's own code or a float64 formula."""
 
 import math
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import trl_losses
-from mcore_rlhf.config import ReferenceConfig, RLHFConfig
+from dpo_tools import case, prepared, recipe
 from mcore_rlhf.dpo import plugin, rules
 from mcore_rlhf.dpo.config import DPOConfig
 from mcore_rlhf.dpo.loss import LOSSES
-from mcore_rlhf.dpo.recipe import DPORecipe
-from preference_tools import View, config, logps_of, loss_of, padded, random_pair, template
+from preference_tools import View, loss_of, padded, random_pair
 
 CASES = 100
 IN_TRL = (
@@ -20,46 +18,6 @@ IN_TRL = (
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 """TRL has bco_pair without its running mean, and sigmoid without label smoothing."""
-
-
-@cache
-def _config(options):
-    return config(
-        RLHFConfig,
-        DPOConfig,
-        ReferenceConfig,
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in options},
-    )
-
-
-@cache
-def _template():
-    return template()
-
-
-def recipe(**options):
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return DPORecipe(_config(tuple(lists.items())), _template())
-
-
-def case(seed, pairs=None, scale=4.0):
-    rng = np.random.default_rng(seed)
-    units = [random_pair(rng, scale=scale) for _ in range(pairs or rng.integers(1, 5))]
-    return units, logps_of(rng, units, scale=scale)
-
-
-def prepared(made, units):
-    """Attach what spans the global batch, with the reference's sums that the units have."""
-    refs = {id(u["input_ids"]): u["ref_logps"] for u in units}
-
-    def ref(unit):
-        logps = np.zeros(unit["length"])
-        logps[0], logps[unit["chosen_length"]] = refs[id(unit["input_ids"])]
-        return logps
-
-    bare = [{k: v for k, v in u.items() if k != "ref_logps"} for u in units]
-    (found,) = made.prepare(bare, View(ref=ref))
-    return found
 
 
 def in_trl_order(grad_T, units):
@@ -71,12 +29,13 @@ def in_trl_order(grad_T, units):
     return padded(units, parts)[0]
 
 
-def check_against_trl(made, seed, relative=1e-9, scale=4.0):
+def check_against_trl(made, seed, relative=1e-9, scale=4.0, ahead=0.0):
+    """`ahead` is added to TRL's reference, and its rewards are then not compared."""
     units, logps = case(seed, scale=scale)
     values, mask = padded(units, logps)
     values.requires_grad_()
     ref = torch.tensor([u["ref_logps"][side] for side in (0, 1) for u in units])
-    wanted, metrics = trl_losses.dpo(values, mask, ref.double(), made.options)
+    wanted, metrics = trl_losses.dpo(values, mask, ref.double() + ahead, made.options)
     wanted.backward()
     out, logps_T = loss_of(made, prepared(made, units), logps)
     (out.total / out.count).backward()
@@ -87,7 +46,10 @@ def check_against_trl(made, seed, relative=1e-9, scale=4.0):
     torch.testing.assert_close(got, expected, rtol=relative, atol=1e-12)
     assert logps_T.grad[np.roll(np.concatenate([u["weights"] for u in units]), -1) == 0].sum() == 0
     for name, (total, count) in out.metrics.items():
-        if name in metrics and (made.frozen or not name.startswith("rewards/")):
+        is_reward = name in ("rewards/chosen", "rewards/rejected")
+        if (ahead and is_reward) or (not made.frozen and name.startswith("rewards/")):
+            continue
+        if name in metrics:
             assert float(total / count) == pytest.approx(metrics[name], rel=1e-6), name
     assert metrics.keys() - {"num_tokens"} <= out.metrics.keys()
 
@@ -119,7 +81,25 @@ def test_divergence_is_trls(name, divergence):
     ("mine", "trls"),
     [
         ({"loss_type": "sigmoid,sft", "loss_weights": [0.7, 0.3]}, {}),
-        ({"loss_type": "hinge,ipo,nca_pair"}, {}),
+        ({"loss_type": "hinge,ipo,sigmoid_norm"}, {}),
+        (
+            {
+                "loss_type": "robust,aot,aot_unpaired,sppo_hard,apo_zero,apo_down,nca_pair",
+                "loss_weights": [0.5, 2.0, 0.25, 0.01, 1.0, 0.0, -1.0],
+                "label_smoothing": 0.2,
+                "beta": 0.3,
+            },
+            {},
+        ),
+        (
+            {
+                "loss_type": "robust,ipo,sft",
+                "loss_weights": [1.5, 0.1, 0.3],
+                "label_smoothing": 0.3,
+                "f_divergence_type": "js_divergence",
+            },
+            {},
+        ),
         ({"rpo_alpha": 0.4}, {"loss_type": "sigmoid,sft", "loss_weights": [1.0, 0.4]}),
     ],
 )
@@ -210,34 +190,55 @@ def test_loss_is_its_formula(name, smoothing):
         assert slope == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-7)
 
 
-def test_cpo_simpo_and_orpo_are_trls():
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [("orpo", 0.0), *((n, e) for n in ("cpo", "simpo", "sigmoid") for e in (0.0, 0.2))],
+)
+def test_reference_free_and_smoothed_losses_are_trls(name, smoothing):
+    """Value and gradient against CPOTrainer, whose sigmoid is DPO's where it is given ratios."""
+    made = recipe(loss_type=name, beta=0.4, cpo_alpha=0.0, label_smoothing=smoothing)
+    kind = "simpo" if name == "simpo" else "sigmoid"
     for seed in range(CASES):
         units, logps = case(seed)
-        policy, _, tokens = sums(units, logps)
-        whole = torch.tensor(policy)
-        means = torch.tensor(policy / tokens)
-        for name, (chosen, rejected) in {"cpo": whole, "simpo": means, "orpo": means}.items():
-            made = recipe(loss_type=name, beta=0.4, cpo_alpha=0.0)
-            out, _ = loss_of(made, prepared(made, units), logps)
-            nll = 0.0
-            if name == "orpo":
-                found, rewards, _, *odds = trl_losses.orpo(chosen, rejected, made.options)
-                wanted = -found
-                for name_of, mean in zip(("log_odds_ratio", "log_odds_chosen"), odds, strict=True):
-                    total, count = out.metrics[name_of]
-                    assert float(total / count) == pytest.approx(float(mean), rel=1e-4)
-                nll = -policy[0].sum() / tokens[0].sum()
-            else:
-                kind = {"cpo": "sigmoid", "simpo": "simpo"}[name]
-                wanted, rewards, _ = trl_losses.cpo(chosen, rejected, made.options, kind)
-            total, count = out.metrics["rewards/chosen"]
-            assert float(total / count) == pytest.approx(float(rewards.mean()), rel=1e-5)
-            value = (out.total / out.count).item() - nll
-            assert value == pytest.approx(float(wanted.mean()), rel=1e-5 if nll else 1e-10)
+        values, mask = padded(units, logps)
+        values.requires_grad_()
+        sums_S, tokens_S = torch.where(mask, values, 0.0).sum(1), mask.sum(1)
+        if name in ("simpo", "orpo"):
+            sums_S = sums_S / tokens_S
+        if name == "sigmoid":
+            sums_S = sums_S - torch.tensor([u["ref_logps"][i] for i in (0, 1) for u in units])
+        chosen_P, rejected_P = sums_S.chunk(2)
+        out, logps_T = loss_of(made, prepared(made, units), logps)
+        (out.total / out.count).backward()
+        exact = 1e-9
+        if name == "orpo":
+            exact = 1e-4  # TRL takes the odds in float32
+            found, rewards, _, *odds = trl_losses.orpo(chosen_P, rejected_P, made.options)
+            for key, mean in zip(("log_odds_ratio", "log_odds_chosen"), odds, strict=True):
+                total, count = out.metrics[key]
+                assert float(total / count) == pytest.approx(float(mean), rel=1e-4)
+            chosen = slice(0, len(units))
+            nll = -torch.where(mask, values, 0.0)[chosen].sum() / mask[chosen].sum()
+            wanted = nll - found.mean()
+        else:
+            found, rewards, _ = trl_losses.cpo(chosen_P, rejected_P, made.options, kind)
+            wanted = found.mean()
+        wanted.backward()
+        torch.testing.assert_close(
+            out.total / out.count, wanted.double(), rtol=exact, atol=exact * 1e-3
+        )
+        got = in_trl_order(logps_T.grad, units)
+        expected = torch.where(mask, values.grad, 0.0)
+        torch.testing.assert_close(got, expected, rtol=exact, atol=exact * 1e-3)
+        total, count = out.metrics["rewards/chosen"]
+        assert float(total / count) == pytest.approx(float(rewards.mean()), rel=1e-5)
 
 
 def test_bco_is_trls_with_a_running_mean():
-    """TRL 1.16 leaves the mean out: with 0 they agree. TRL 0.24 had it, updated before use."""
+    """TRL 1.16 leaves the mean out: with 0 they agree. TRL 0.24 had it, updated before use.
+
+    A mean d is a reference whose sums are d / beta higher, which gives TRL's value and gradient.
+    """
     made = recipe(loss_type="bco_pair")
     mean = 0.0
     for seed in range(CASES):
@@ -251,10 +252,11 @@ def test_bco_is_trls_with_a_running_mean():
         value = formula("bco_pair", made.options, units, logps, mean)
         assert (out.total / out.count).item() == pytest.approx(value, rel=1e-10)
         assert before != float(made._mean.value) == pytest.approx(mean, rel=1e-12)
-    fresh = recipe(loss_type="bco_pair")
-    fresh._mean.update = lambda mean: None
+    fixed = recipe(loss_type="bco_pair", beta=0.2)
+    fixed._mean.update = lambda mean: None
     for seed in range(CASES):
-        check_against_trl(fresh, seed)
+        fixed._mean.value = torch.tensor([0.0, -1.5, 0.7][seed % 3], dtype=torch.float64)
+        check_against_trl(fixed, seed, ahead=float(fixed._mean.value) / 0.2)
 
 
 def test_bco_resumes():
@@ -286,49 +288,6 @@ def test_the_catalogue_lists_every_loss():
     assert plugin.SUMMARIES.keys() == LOSSES.keys()
     for name in plugin.SUMMARIES:
         assert name in DPOConfig.model_fields["loss_type"].description
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in LOSSES if n not in ("aot", "aot_unpaired", "bco_pair")]
-)
-def test_split_padding_and_order_change_nothing(name):
-    """The sum over micro-batches of any size, in any order, padded or not, is the batch's."""
-    options = {"loss_type": name, "beta": 0.3, "rpo_alpha": 0.2}
-    units, logps = case(11, pairs=9)
-    made = recipe(**options)
-    whole = prepared(made, units)
-    reference, reference_T = loss_of(made, whole, logps)
-    reference.total.backward()
-    grads = dict(
-        zip(
-            map(id, units),
-            np.split(reference_T.grad.numpy(), np.cumsum([u["length"] for u in units])[:-1]),
-            strict=True,
-        )
-    )
-    order = np.random.default_rng(0).permutation(9)
-    for cuts in ([1, 4, 5], [2, 8], list(range(1, 9))):
-        parts = np.split(order, cuts)
-        total = count = 0.0
-        metrics = {}
-        for part in parts:
-            out, logps_T = loss_of(made, [whole[i] for i in part], [logps[i] for i in part])
-            out.total.backward()
-            total, count = total + out.total.item(), count + out.count.item()
-            for key, (a, b) in out.metrics.items():
-                x, y = metrics.get(key, (0.0, 0.0))
-                metrics[key] = (x + float(a), y + float(b))
-            start = 0
-            for i in part:
-                length = units[i]["length"]
-                np.testing.assert_allclose(
-                    logps_T.grad[start : start + length], grads[id(units[i])], rtol=1e-9, atol=1e-12
-                )
-                start += length
-        assert total == pytest.approx(reference.total.item(), rel=1e-12)
-        assert count == reference.count.item()
-        for key, (a, b) in reference.metrics.items():
-            assert metrics[key] == pytest.approx((float(a), float(b)), rel=1e-9), key
 
 
 def test_ipo_and_sigmoid_norm_take_means_over_tokens():

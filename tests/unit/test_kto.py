@@ -86,26 +86,54 @@ def test_apo_has_no_divergence_pass():
     assert {u["kl"] for u in found} == {0.0}
 
 
-def test_split_and_order_change_nothing():
+def lengthened(unit, values, rng):
+    """The same answer with untrained tokens behind it: padding, as losses see it."""
+    more = int(rng.integers(0, 4))
+    ids = np.concatenate((unit["input_ids"], np.zeros(more, np.int32)))
+    weights = np.concatenate((unit["weights"], np.zeros(more, np.float32)))
+    longer = {**unit, "input_ids": ids, "weights": weights, "length": len(ids)}
+    return longer, np.concatenate((values, -rng.random(more)))
+
+
+def gradients(logps_T, units):
+    """Return the gradient of each unit's trained tokens."""
+    parts = np.split(logps_T.grad.numpy(), np.cumsum([u["length"] for u in units])[:-1])
+    shifted = [np.roll(u["weights"], -1) > 0 for u in units]
+    return [part[trains] for part, trains in zip(parts, shifted, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_split_padding_and_order_change_nothing(name):
     """The estimate and the metrics' counts are the global batch's: so is every micro-batch."""
-    made = recipe(beta=0.3, desirable_weight=1.5)
-    units, logps = case(3, answers=9)
-    order = np.random.default_rng(1).permutation(9)
-    whole = prepared(made, units)
-    shuffled = prepared(made, [units[i] for i in order])
-    assert [shuffled[i]["kl"] for i in range(9)] == pytest.approx([whole[0]["kl"]] * 9, rel=1e-12)
-    reference, _ = loss_of(made, whole, logps)
-    total = count = 0.0
-    sums = {}
-    for part in np.split(np.arange(9), [1, 5, 6]):
-        out, _ = loss_of(made, [shuffled[i] for i in part], [logps[order[i]] for i in part])
-        total, count = total + out.total.item(), count + out.count.item()
-        for key, (a, b) in out.metrics.items():
-            x, y = sums.get(key, (0.0, 0.0))
-            sums[key] = (x + a.item(), y + b.item())
-    assert (total, count) == (pytest.approx(reference.total.item(), rel=1e-12), 9)
-    for key, (a, b) in reference.metrics.items():
-        assert sums[key] == pytest.approx((a.item(), b.item()), rel=1e-9, abs=1e-12), key
+    made = recipe(loss_type=name, beta=0.3, desirable_weight=1.5)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        units, logps = case(seed, answers=9)
+        order = rng.permutation(9)
+        whole = prepared(made, units)
+        shuffled = prepared(made, [units[i] for i in order])
+        kls = [unit["kl"] for unit in shuffled]
+        assert kls == pytest.approx([whole[0]["kl"]] * 9, rel=1e-12)
+        reference, reference_T = loss_of(made, whole, logps)
+        reference.total.backward()
+        wanted = gradients(reference_T, units)
+        cuts = sorted(rng.choice(range(1, 9), int(rng.integers(1, 9)), replace=False))
+        total = count = 0.0
+        sums = {}
+        for part in np.split(np.arange(9), cuts):
+            longer = [lengthened(shuffled[i], logps[order[i]], rng) for i in part]
+            some = [unit for unit, _ in longer]
+            out, logps_T = loss_of(made, some, [values for _, values in longer])
+            out.total.backward()
+            for i, found in zip(part, gradients(logps_T, some), strict=True):
+                np.testing.assert_allclose(found, wanted[order[i]], rtol=1e-9, atol=1e-12)
+            total, count = total + out.total.item(), count + out.count.item()
+            for key, (a, b) in out.metrics.items():
+                x, y = sums.get(key, (0.0, 0.0))
+                sums[key] = (x + a.item(), y + b.item())
+        assert (total, count) == (pytest.approx(reference.total.item(), rel=1e-12), 9)
+        for key, (a, b) in reference.metrics.items():
+            assert sums[key] == pytest.approx((a.item(), b.item()), rel=1e-9, abs=1e-12), key
 
 
 @pytest.mark.parametrize("good", [True, False])

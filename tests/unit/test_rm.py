@@ -60,21 +60,29 @@ def test_scores_are_read_at_the_last_token_of_each_side():
     assert batch.weights_T.nonzero().squeeze(-1).tolist() == ends.tolist()
 
 
-def test_split_changes_nothing():
+def test_split_and_order_change_nothing():
     made = recipe(center_rewards_coefficient=0.1)
-    rng = np.random.default_rng(1)
-    units = [{**random_pair(rng), "margin": float(rng.random())} for _ in range(6)]
-    scores = torch.tensor(rng.normal(size=12))
-    whole = loss_of(made, units, scores)
-    parts = [loss_of(made, units[a:b], scores[2 * a : 2 * b]) for a, b in ((0, 1), (1, 4), (4, 6))]
-    assert sum(p.total.item() for p in parts) == pytest.approx(whole.total.item(), rel=1e-12)
-    assert sum(p.count.item() for p in parts) == whole.count.item() == 6
-    for name, (total, count) in whole.metrics.items():
-        shares = [p.metrics[name] for p in parts]
-        assert sum(float(t) for t, _ in shares) == pytest.approx(float(total), rel=1e-12), name
-        assert sum(float(c) for _, c in shares) == float(count)
-    assert max(p.highest["max_reward"] for p in parts) == whole.highest["max_reward"] == max(scores)
-    assert min(p.lowest["min_reward"] for p in parts) == whole.lowest["min_reward"] == min(scores)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        units = [{**random_pair(rng), "margin": float(rng.random())} for _ in range(6)]
+        scores_P2 = torch.tensor(rng.normal(size=(6, 2)), requires_grad=True)
+        whole = loss_of(made, units, scores_P2.flatten())
+        whole.total.backward()
+        wanted, scores_P2.grad = scores_P2.grad, None
+        cuts = sorted(rng.choice(range(1, 6), int(rng.integers(1, 6)), replace=False))
+        order = np.split(rng.permutation(6), cuts)
+        parts = [loss_of(made, [units[i] for i in p], scores_P2[p].flatten()) for p in order]
+        sum(p.total for p in parts).backward()
+        torch.testing.assert_close(scores_P2.grad, wanted, rtol=1e-12, atol=0)
+        assert sum(p.total.item() for p in parts) == pytest.approx(whole.total.item(), rel=1e-12)
+        assert sum(p.count.item() for p in parts) == whole.count.item() == 6
+        for name, (total, count) in whole.metrics.items():
+            shares = [p.metrics[name] for p in parts]
+            assert sum(float(t) for t, _ in shares) == pytest.approx(float(total), rel=1e-12), name
+            assert sum(float(c) for _, c in shares) == float(count)
+        highest, lowest = (s.item() for s in (scores_P2.max(), scores_P2.min()))
+        assert max(p.highest["max_reward"] for p in parts) == highest == whole.highest["max_reward"]
+        assert min(p.lowest["min_reward"] for p in parts) == lowest == whole.lowest["min_reward"]
 
 
 def test_a_rank_counts_the_scores_of_its_own_sequences_alone():

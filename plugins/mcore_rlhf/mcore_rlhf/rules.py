@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mcore_core.checkpoint import folders as checkpoints
 from mcore_core.config.compose import RunConfig
 from mcore_core.errors import Problem
 
@@ -44,8 +45,65 @@ def check_reference(config: RunConfig, *, used: bool, why: str = "") -> Iterator
             "--ref_adapters and --ref_adapter_load both give the reference's adapters",
             ["fix: keep one of them"],
         )
+    else:
+        yield from _check_adapters(config.get("ref_adapters"))
+        yield from _check_runs(config)
     if config.get("ref_model"):
         yield from _check_vocabulary(config.get("model"), config.get("ref_model"))
+
+
+def _check_adapters(folders: list[str]) -> Iterator[Problem]:
+    """Look into the folders of --ref_adapters."""
+    if len(folders) > 1:
+        yield Problem(
+            "MC553",
+            f"--ref_adapters {' '.join(folders)}: a model has one adapter at a time",
+            ["fix: merge the first with mcore export --merge_lora true, as --ref_model"],
+        )
+        return
+    for folder in folders:
+        path = Path(folder).expanduser()
+        if not (path / "adapter_config.json").is_file():
+            found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
+            yield Problem(
+                "MC550",
+                f"--ref_adapters {folder}: no adapter_config.json there",
+                [
+                    f"found: {', '.join(found) or 'nothing'}",
+                    "fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a "
+                    "LoRA run",
+                ],
+            )
+
+
+def _check_runs(config: RunConfig) -> Iterator[Problem]:
+    """Look into the runs of --ref_load and --ref_adapter_load: the one trained all weights."""
+    for name, other in (("ref_load", "ref_adapter_load"), ("ref_adapter_load", "ref_load")):
+        given = config.get(name)
+        if given is None:
+            continue
+        found = checkpoints.find(Path(given).expanduser())
+        if found is None:
+            exists = Path(given).expanduser().exists()
+            yield Problem(
+                "MC702" if exists else "MC701",
+                f"--{name} {given} holds no complete checkpoint"
+                if exists
+                else f"--{name} {given}: no such folder",
+                [
+                    "fix: give the run folder of an earlier run (its --save) or one of its "
+                    "checkpoint-N"
+                ],
+            )
+            continue
+        partial = found.training.get("tuner", {}).get("tuner_type", "full") != "full"
+        if partial != (name == "ref_adapter_load"):
+            what = "adapters alone" if partial else "all weights, and no adapters"
+            yield Problem(
+                "MC707",
+                f"--{name} {given}: {found.path} is of a run that trained {what}",
+                [f"fix: --{other} {given}"],
+            )
 
 
 def _check_vocabulary(model: str | None, reference: str) -> Iterator[Problem]:
