@@ -84,48 +84,6 @@ def test_kto_learns(start, answers):
     assert evaluation(ran.folder())["eval/rewards/margins"] > 0.1
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_rm_opens_in_transformers_with_its_scores(start, pairs, tmp_path, tuner):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    rng = random.Random(7)
-    talks = [sums(rng) for _ in range(16)]
-    rows = [{"prompt": q, "chosen": good, "rejected": bad} for q, good, bad in talks]
-    held_out = write(tmp_path / "held_out.jsonl", rows)
-    ran = start(
-        "rm",
-        pairs,
-        "--val_dataset",
-        held_out,
-        "--train_iters",
-        8,
-        "--eval_interval",
-        8,
-        "--center_rewards_coefficient",
-        "0.01",
-        "--tuner_type",
-        tuner,
-        "--lr",
-        "5e-3",
-    )
-    last = evaluation(ran.folder())
-    assert last["eval/accuracy"] > 0.8
-    folder = ran.folder() / ("checkpoint-8" if tuner == "full" else "checkpoint-8-merged")
-    scorer = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    assert scorer.config.num_labels == 1
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = {"chosen": [], "rejected": []}
-    for question, *both in talks:
-        for side, answer in zip(scores, both, strict=True):
-            talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
-            with torch.no_grad():
-                scores[side].append(float(scorer(ids["input_ids"]).logits))
-    for side, values in scores.items():
-        mean = sum(values) / len(values)
-        assert last[f"eval/rewards/{side}"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
-
-
 def logps(folder, talks):
     """Summed log-probabilities of the answers, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

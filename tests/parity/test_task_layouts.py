@@ -26,7 +26,7 @@ def check(task, layout, architecture="qk-norm", **options):
     reference = one_rank(task, architecture, dp, tuple(options.items()))
     assert len(set(reference.losses)) == len(reference.losses)
     run = run_case(task_case(task, architecture, **options), ALL[layout])
-    assert_same(run, reference, relative=2e-5, absolute=SMALL)
+    assert_same(run, reference, relative=1e-5, absolute=SMALL)
 
 
 def test_the_data_is_uneven_and_every_weight_trains():
@@ -118,4 +118,4 @@ def test_distributed_optimizer(task):
     reference = one_rank(task, "qk-norm", dp, tuple(options.items()))
     case = task_case(task, **{**options, "use_distributed_optimizer": True})
     run = run_case(case, LAYOUTS["dp2"], gradients=False)
-    assert_same(run, reference, relative=2e-5, absolute=SMALL)
+    assert_same(run, reference, relative=1e-5, absolute=SMALL)
