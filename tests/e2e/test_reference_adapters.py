@@ -159,16 +159,27 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("policy", "layout"), [*(("lora", x) for x in LAYOUTS), ("full", "one"), ("full", "tp2")]
+    ("reference", "policy", "layout"),
+    [
+        *(("adapter", "lora", x) for x in LAYOUTS),
+        *(("adapter", "full", x) for x in ("one", "tp2")),
+        *(("off", "lora", x) for x in ("one", "pp2")),
+    ],
 )
-def test_reference_and_policy_are_pefts(start, model, rows, adapters, tmp_path, policy, layout):
-    """The sums of every answer, and loss and rewards of three steps, within 1e-5."""
-    reference, mine = adapters
-    mine = mine if policy == "lora" else None
+def test_reference_and_policy_are_pefts(
+    start, model, rows, adapters, tmp_path, reference, policy, layout
+):
+    """The sums of every answer, and loss and rewards of three steps, within 1e-5.
+
+    off: the reference is the base alone, though the policy starts with an adapter.
+    """
+    mine = adapters[1] if policy == "lora" else None
+    reference = adapters[0] if reference == "adapter" else None
     ref_2P, steps = by_peft(model, rows, reference, mine)
     own = ["--adapters", mine] if mine is not None else []
     ranks, options = LAYOUTS[layout]
-    run = start("--ref_adapters", reference, *own, *options, ranks=ranks).folder()
+    theirs = ["--ref_adapters", reference] if reference is not None else []
+    run = start(*theirs, *own, *options, ranks=ranks).folder()
     found_2P = reference_sums(run / "checkpoint-3", tmp_path / "state")
     torch.testing.assert_close(found_2P, ordered(ref_2P), rtol=1e-5, atol=0)
     for line, (loss, chosen, rejected) in zip(metrics(run), steps, strict=True):

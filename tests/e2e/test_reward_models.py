@@ -107,17 +107,27 @@ def test_a_padded_batch_has_the_same_scores(trained):
     assert scores(folder, talks, together=True) == pytest.approx(scores(folder, talks), rel=1e-5)
 
 
+@pytest.fixture
+def grpo(mcore, model, tmp_path):
+    """Run one step of grpo with more options."""
+
+    def run(*options):
+        rows = write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} + 1 = ?"} for i in range(8)])
+        return mcore(
+            "run", "--plugin", "grpo", "--model", model, "--dataset", rows, *options,
+            "--global_batch_size", 8, "--micro_batch_size", 4, "--num_generations", 4,
+            "--max_completion_length", 8, "--lr", "1e-4", "--beta", 0, "--num_workers", 0,
+            "--train_iters", 1, "--log_completions", "true", "--save", tmp_path / "run",
+        )  # fmt: skip
+
+    return run
+
+
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_grpo_takes_it_as_the_reward(mcore, model, trained, files, tmp_path, tuner):
+def test_grpo_takes_it_as_the_reward(grpo, trained, tuner):
     """Each completion's reward is the score of the conversation that it makes."""
     folder, _ = trained(tuner, "one" if tuner == "full" else "tp2")
-    rows = write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} + 1 = ?"} for i in range(8)])
-    ran = mcore(
-        "run", "--plugin", "grpo", "--model", model, "--dataset", rows, "--reward_model", folder,
-        "--global_batch_size", 8, "--micro_batch_size", 4, "--num_generations", 4,
-        "--max_completion_length", 8, "--lr", "1e-4", "--beta", 0, "--num_workers", 0,
-        "--train_iters", 1, "--log_completions", "true", "--save", tmp_path / "run",
-    )  # fmt: skip
+    ran = grpo("--reward_model", folder)
     assert ran.code == 0, ran.err
     lines = (ran.folder() / "completions.jsonl").read_text().splitlines()
     said = [json.loads(line) for line in lines]
@@ -131,3 +141,30 @@ def test_grpo_takes_it_as_the_reward(mcore, model, trained, files, tmp_path, tun
     for each, score in zip(said, wanted, strict=True):
         assert each["rewards"]["reward_model"] == pytest.approx(score, rel=1e-4, abs=1e-5)
         assert each["reward"] == pytest.approx(score, rel=1e-4, abs=1e-5)
+
+
+def test_what_is_no_reward_model(grpo, model, trained, tmp_path):
+    """transformers would give a causal model a random head, and score with it."""
+    adapter = trained("lora", "tp2")[0].parent / f"checkpoint-{STEPS}"
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    for name, labels in (("two", {"0": "a", "1": "b"}), ("empty", {"0": "a"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+    fix = "  fix: a checkpoint-N of a run of rm; with LoRA its checkpoint-N-merged\n"
+    cases = {
+        model: f"--reward_model {model} is no sequence-classification model\n"
+        f"  found: Qwen3ForCausalLM\n{fix}",
+        adapter: f"--reward_model {adapter} is no sequence-classification model\n"
+        "  found: no config.json that names one, but ",
+        tmp_path / "two": f"--reward_model {tmp_path}/two has 2 labels; a reward is one number\n",
+        tmp_path / "empty": f"the reward model {tmp_path}/empty cannot be read\n",
+    }
+    for folder, text in cases.items():
+        ran = grpo("--reward_model", folder)
+        assert ran.code == 2, ran.err
+        assert f"error[MC344]: {text}" in ran.err
+        assert "Traceback" not in ran.err
+    ran = grpo("--reward_funcs", "reward_model")
+    assert ran.code == 2
+    assert "error[MC344]: --reward_funcs reward_model does not say which model\n" in ran.err

@@ -216,7 +216,7 @@ def test_reference_free_and_smoothed_losses_are_trls(name, smoothing):
             found, rewards, _, *odds = trl_losses.orpo(chosen_P, rejected_P, made.options)
             for key, mean in zip(("log_odds_ratio", "log_odds_chosen"), odds, strict=True):
                 total, count = out.metrics[key]
-                assert float(total / count) == pytest.approx(float(mean), rel=1e-4)
+                assert float(total / count) == pytest.approx(mean.item(), rel=1e-4)
             chosen = slice(0, len(units))
             nll = -torch.where(mask, values, 0.0)[chosen].sum() / mask[chosen].sum()
             wanted = nll - found.mean()

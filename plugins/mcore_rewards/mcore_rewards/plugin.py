@@ -31,6 +31,10 @@ SUMMARIES: Mapping[str, tuple[str, str]] = {
         "mcore_rewards.gym:score",
         "the score of a reasoning-gym task, for rows of reasoning_gym://",
     ),
+    "reward_model": (
+        "mcore_rewards.model:RewardModel",
+        "the score of a sequence-classification model: --reward_model DIR",
+    ),
 }
 
 
@@ -86,6 +90,14 @@ class RewardsPlugin(Plugin):
                         [f"fix: --reward_funcs {reward}, or leave out --{name}"],
                     )
                 )
+        if "reward_model" in used:
+            problems.append(
+                Problem(
+                    "MC344",
+                    "--reward_funcs reward_model does not say which model",
+                    ["fix: --reward_model DIR instead"],
+                )
+            )
         if "soft_overlong" in used and config.get("soft_cache_length") is None:
             problems.append(
                 Problem(

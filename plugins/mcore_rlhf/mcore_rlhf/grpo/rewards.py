@@ -83,6 +83,7 @@ class Rewards:
 
         Raises:
             RunFailure: A function fails for every completion, or gives what is no list of numbers.
+            UsageError: A reward model cannot be read.
         """
         shape = (len(rollouts), len(self.functions))
         scored = Scored(np.full(shape, np.nan), np.zeros(shape, bool))
@@ -94,6 +95,8 @@ class Rewards:
             scored.failed_NF[:, f] = column.failed
             if column.failed.any():
                 scored.problems.append(column.describe(name, rollouts))
+            if isinstance(column.error, UsageError):
+                raise column.error
             if column.failed.all() and column.error is not None:
                 raise RunFailure(
                     "MC841",

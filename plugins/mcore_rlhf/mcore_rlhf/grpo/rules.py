@@ -1,6 +1,8 @@
 """Contradictions between the options of GRPO, seen without torch."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from mcore_core.config.compose import RunConfig
 from mcore_core.config.decode import as_typed
@@ -82,6 +84,37 @@ def _batches(config: RunConfig, options: GRPOConfig) -> Iterator[Problem]:
         )
 
 
+def _reward_model(folder: Path) -> Iterator[Problem]:
+    """Look into a folder; a hub model is looked at when it has been fetched.
+
+    transformers would put a random head on a model that has none.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    architectures = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        entries = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+        found = ", ".join(architectures) or f"no config.json that names one, but {entries}"
+        yield Problem(
+            "MC344",
+            f"--reward_model {folder} is no sequence-classification model",
+            [
+                f"found: {found}",
+                "fix: a checkpoint-N of a run of rm; with LoRA its checkpoint-N-merged",
+            ],
+        )
+    elif (labels := len(config.get("id2label") or (0, 1))) != 1:  # transformers' default is two
+        yield Problem(
+            "MC344",
+            f"--reward_model {folder} has {labels} labels; a reward is one number",
+            ["fix: name a model that was trained with num_labels 1"],
+        )
+
+
 def _rewards(options: GRPOConfig) -> Iterator[Problem]:
     names = [*options.reward_funcs, *options.reward_model]
     if not names:
@@ -92,6 +125,8 @@ def _rewards(options: GRPOConfig) -> Iterator[Problem]:
         )
     for name in options.reward_funcs:
         yield from components.check("mcore_rewards", name, "--reward_funcs")
+    for source in options.reward_model:
+        yield from _reward_model(Path(source).expanduser())
     weights = options.reward_weights
     if weights is not None and len(weights) != len(names):
         yield Problem(
