@@ -175,6 +175,7 @@ def test_packed_pairs(start, pairs):
     assert len(losses(ran.folder())) == 3
 
 
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 BAD = {
     "no rejected answer": (
         "dpo",
@@ -197,6 +198,26 @@ BAD = {
         "error[MC404]: {file}:2: there is no rejected answer (it has: chosen, prompt)\n"
         "  fix: correct the row, or --strict false to leave it out\n",
     ),
+    "no answer of that kind, of a reward model": (
+        "rm",
+        [{"messages": TALK}],
+        [],
+        "error[MC403]: {file}: no usable columns\n  found: messages\n",
+    ),
+    "every rejected answer is empty": (
+        "dpo",
+        [{"prompt": "q", "chosen": "a", "rejected": ""}] * 2,
+        [],
+        "error[MC405]: {file}: none of its 2 rows can be read\n"
+        "  the first: {file}:1: there is no rejected answer (it has: chosen, prompt)\n",
+    ),
+    "identical answers of two conversations": (
+        "dpo",
+        [{"messages": TALK, "rejected_messages": TALK}],
+        [],
+        "error[MC405]: {file}: none of its 1 rows can be read\n"
+        "  the first: {file}:1: the chosen and the rejected answer are the same\n",
+    ),
     "identical answers": (
         "rm",
         [{"prompt": "q", "chosen": "a", "rejected": "a"}],
@@ -211,6 +232,33 @@ BAD = {
         "error[MC333]: all 3 answers are desirable: there is nothing undesirable to compare with\n"
         "  their 'label' is true\n"
         "  fix: add undesirable answers, or use --plugin sft to learn good ones\n",
+    ),
+    "the other class": (
+        "kto",
+        [{"prompt": "q", "completion": x, "label": False} for x in "ab"],
+        ["--loss_type", "apo_zero_unpaired"],
+        "error[MC333]: all 2 answers are undesirable: there is nothing desirable to compare with\n"
+        "  their 'label' is false\n"
+        "  fix: add desirable answers, or use --plugin sft to learn good ones\n",
+    ),
+    "a batch of one in a packed row": (
+        "kto",
+        [{"prompt": "q", "completion": x * 9, "label": x == "a"} for x in "abc"],
+        [
+            "--micro_batch_size",
+            "1",
+            "--global_batch_size",
+            "1",
+            "--packing",
+            "--packing_length",
+            "48",
+            "--max_length",
+            "48",
+            "--train_iters",
+            "1",
+        ],
+        "error[MC332]: a global batch of one answer: kto compares each prompt with the answer to "
+        "another\n",
     ),
     "a batch of one": (
         "kto",
@@ -251,15 +299,26 @@ def test_bad_input(mcore, model, tmp_path, name):
     assert "Traceback" not in ran.err
 
 
-def test_a_reference_of_another_vocabulary(mcore, model, pairs, tmp_path):
-    other = make_model(tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 120}))
-    ran = mcore(
-        "run", "--plugin", "dpo", "--model", model, "--dataset", pairs, "--ref_model", other
-    )
-    assert ran.code == 2
-    assert ran.err.startswith(
-        f"error[MC519]: the reference {other} has another vocabulary than the model\n"
-        f"  vocab_size: {config['vocab_size']} in {model}, 120 in {other}\n"
-    )
+@pytest.mark.parametrize("plugin", ["dpo", "kto"])
+def test_a_reference_of_another_vocabulary(mcore, model, pairs, answers, tmp_path, plugin):
+    size, words = (make_model(tmp_path / name) for name in ("size", "words"))
+    config = json.loads((size / "config.json").read_text())
+    (size / "config.json").write_text(json.dumps({**config, "vocab_size": 120}))
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    known = tokenizer["model"]["vocab"]
+    known["a"], known["b"] = known["b"], known["a"]
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    notes = {
+        size: f"vocab_size: {config['vocab_size']} in {model}, 120 in {size}",
+        words: "their tokenizer.json give other ids to the same words",
+    }
+    data = pairs if plugin == "dpo" else answers
+    for other, note in notes.items():
+        argv = ["--plugin", plugin, "--model", model, "--dataset", data, "--ref_model", other]
+        ran = mcore("run", *argv)
+        assert ran.code == 2
+        assert ran.err == (
+            f"error[MC519]: the reference {other} has another vocabulary than the model\n"
+            f"  {note}\n"
+            "  fix: --ref_model with a model of the same tokenizer\n"
+        )

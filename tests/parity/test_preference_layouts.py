@@ -125,6 +125,33 @@ def test_the_ratio_of_lora_without_adapters_is_one():
     assert result.metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_estimate_of_lora_sees_the_adapters():
+    """kto's scores of the policy are those that it trains on; the reference's are others."""
+    options = {**LORA, "lora_dropout": 0.0, "desirable_weight": 1.0}
+    case = preference_case("kto", **options)
+    units = [unit for micro in case.steps[0] for unit in micro]
+
+    def first(_):
+        session = Session(case, LAYOUTS["one"])
+        sums = {
+            name: [float(logps.sum()) for logps, _ in session.models.score(name, units)]
+            for name in ("policy", "ref")
+        }
+        return sums, session.train(1)[0]
+
+    ((sums, result),) = fork_ranks(first, 1)
+    for side, good in (("chosen", 1), ("rejected", 0)):
+        mine, reference = (
+            [x for x, unit in zip(sums[name], units, strict=True) if unit["label"] == good]
+            for name in ("policy", "ref")
+        )
+        mean = sum(mine) / len(mine)
+        assert result.metrics[f"logps/{side}"] == pytest.approx(mean, rel=1e-5)
+        gap = 0.3 * (mean - sum(reference) / len(reference))
+        assert result.metrics[f"rewards/{side}"] == pytest.approx(gap, rel=1e-4, abs=REWARD)
+        assert abs(gap) > 1e-3
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", [n for n in ALL if n != "one"])
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -123,6 +123,17 @@ REFUSED = {
         "error[MC320]: --ref_adapters and --ref_adapter_load both give the reference's adapters\n"
         "  fix: keep one of them",
     ),
+    "another start than the reference": (
+        ["dpo", "--load", "run", "--finetune"],
+        "error[MC320]: --finetune starts the policy from --load, and the reference would be "
+        "--model\n"
+        "  fix: --ref_load run for the policy as it starts, or --ref_model for another model",
+    ),
+    "two adapters": (
+        ["dpo", "--ref_adapters", "a", "b"],
+        "error[MC553]: --ref_adapters a b: a model has one adapter at a time\n"
+        "  fix: merge the first with mcore export --merge_lora true, as --ref_model",
+    ),
     "a batch of one": (
         ["kto", "--global_batch_size", "1"],
         "error[MC332]: a global batch of one answer: kto compares each prompt with the answer to "
@@ -159,6 +170,14 @@ def test_a_batch_of_one_is_fine_without_the_estimate_or_with_packing():
     start = ["--plugin", "kto", "--model", "m", "--dataset", "d", "--global_batch_size", "1"]
     prepare([*start, "--loss_type", "apo_zero_unpaired"])
     prepare([*start, "--packing"])
+
+
+def test_what_goes_on_from_a_run_may_name_its_reference():
+    start = ["--plugin", "dpo", "--model", "m", "--dataset", "d", "--load", "run", "--finetune"]
+    prepare([*start, "--ref_model", "m"])
+    prepare([*start, "--reference_free"])
+    prepare([*start, "--tuner_type", "lora"])
+    prepare(start[:-1])  # a resumed run
 
 
 def test_losses_and_weights():

@@ -39,6 +39,16 @@ def check_reference(config: RunConfig, *, used: bool, why: str = "") -> Iterator
                 [f"fix: leave out --{name}"],
             )
         return
+    anew = config.get("finetune") and config.get("tuner_type") == "full"
+    if config.get("load") and anew and not given:
+        yield Problem(
+            "MC320",
+            "--finetune starts the policy from --load, and the reference would be --model",
+            [
+                f"fix: --ref_load {config.get('load')} for the policy as it starts, "
+                "or --ref_model for another model"
+            ],
+        )
     if config.get("ref_adapters") and config.get("ref_adapter_load"):
         yield Problem(
             "MC320",
