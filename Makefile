@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
 	&& { command -v $$p; break; }; done)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PACKAGES := -e . $(addprefix -e ,$(PLUGINS))
+TEST_WORKERS ?= 2
 BENCHMARKS := startup overhead head packing tokenizing
 export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
@@ -40,7 +41,8 @@ quickstart: setup  ## make a small model, fine-tune it, and measure it before an
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup  ## every test that is quick and needs no GPU
-	$(BIN)/python -m pytest tests -m "not parity and not grid and not slow and not gpu"
+	$(BIN)/python -m pytest tests -m "not parity and not grid and not slow and not gpu" \
+		-n $(TEST_WORKERS) --dist loadfile
 
 parity: setup  ## every layout against one rank, the default ones included
 	$(BIN)/python -m pytest tests/parity -m "not gpu and not grid"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,31 +52,36 @@ def command() -> list[str]:
     return [str(installed)] if installed.exists() else MCORE
 
 
-def help_seconds(argv: list[str], runs: int) -> float:
+def help_seconds(
+    argv: list[str], runs: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the median time of a help command, one process after the other."""
     times = []
     for _ in range(runs + 1):
-        begin = time.perf_counter()
+        begin = clock()
         subprocess.run([*command(), *argv], stdout=subprocess.DEVNULL, check=True)
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return statistics.median(times[1:])  # the first one may write bytecode
 
 
 def imported(argv: list[str]) -> set[str]:
-    """Return the top-level modules that a command imports."""
+    """Return the modules that a command imports."""
     code = f"""
 import json, sys
 from mcore_core.cli.main import main
 code = main({argv!r})
-sys.stderr.write(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))
+sys.stderr.write(json.dumps(sorted(sys.modules)))
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-def first_step_seconds(runs: int) -> float:
-    """Return the median time from the start of a process to the end of its first step."""
+def first_step_seconds(runs: int, *, warm: int = 1) -> float:
+    """Return the median time from the start of a process to the end of its first step.
+
+    `warm` processes before them do not count: the first one may write bytecode.
+    """
     from synthetic import SMALL, write_model, write_texts
 
     times = []
@@ -83,7 +89,7 @@ def first_step_seconds(runs: int) -> float:
         folder = Path(name)
         model = write_model(folder / "model", SMALL)
         data = write_texts(folder / "rows.jsonl", rows=64, tokens=64, vocabulary=2048)
-        for i in range(runs + 1):
+        for i in range(warm + runs):
             save = folder / f"run{i}"
             argv = f"run --plugin sft --model {model} --dataset {data} --save {save}".split()
             argv += ["--add_version", "false", "--train_iters", "1", "--global_batch_size", "2"]
@@ -96,7 +102,7 @@ def first_step_seconds(runs: int) -> float:
             begin = time.time()
             subprocess.run([*command(), *argv], check=True, capture_output=True, env=env)
             times.append((save / "metrics.jsonl").stat().st_mtime - begin)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm:])
 
 
 if __name__ == "__main__":

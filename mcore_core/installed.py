@@ -36,6 +36,12 @@ def installed() -> list[EntryPoint]:
     return sorted(seen.values(), key=lambda ep: ep.name)
 
 
+def packages() -> dict[str, tuple[str, str]]:
+    """Return the distribution that provides each plugin, and its version; one look at all."""
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    return {ep.name: (ep.dist.name, ep.dist.version) for ep in points if ep.dist is not None}
+
+
 def package_of(name: str) -> tuple[str, str] | None:
     """Return the distribution that provides a plugin and its version."""
     for ep in entry_points(group=ENTRY_POINT_GROUP, name=name):

@@ -1,5 +1,8 @@
 """Patches of upstream packages, each with its reason; `apply()` runs once."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 _applied = False
@@ -16,8 +19,9 @@ def apply() -> None:
     quiet_logs()
     with quiet_imports():
         platform = install()
-        for name in ("distributed", "models.hybrid.hybrid_model", "optimizer"):
-            import_module(f"megatron.core.{name}")
+        with _unseen("wandb"):
+            for name in ("distributed", "models.hybrid.hybrid_model", "optimizer"):
+                import_module(f"megatron.core.{name}")
         from mcore_core.compat import layer_wise, optimizer_buckets  # noqa: PLC0415  (torch)
 
         optimizer_buckets.patch()
@@ -27,3 +31,19 @@ def apply() -> None:
 
             patch_megatron()
     _applied = True
+
+
+@contextmanager
+def _unseen(package: str) -> Iterator[None]:
+    """Let a package look absent: megatron.core.timers imports wandb, and that pandas, for a second.
+
+    It is for a writer of megatron's own timers, which are not used here (megatron-core 0.19).
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # import: ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules[package]

@@ -86,13 +86,24 @@ def to_batch(units: Sequence[Unit]) -> Any:  # noqa: ANN401 - a pyarrow.RecordBa
     for key, first in units[0].items():
         values = [unit[key] for unit in units]
         if not isinstance(first, np.ndarray):
-            columns[key] = pa.array(values)
+            kinds = {type(value) for value in values}
+            plain = kinds in ({int}, {float})
+            columns[key] = _flat(np.array(values)) if plain else pa.array(values)
             continue
         if first.ndim != 1:
             raise TypeError(f"unit[{key!r}] must have one dimension, it has {first.ndim}")
         ends = np.cumsum([0, *(len(value) for value in values)]).astype(np.int32)
-        columns[key] = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(values)))
+        columns[key] = pa.ListArray.from_arrays(_flat(ends), _flat(np.concatenate(values)))
     return pa.RecordBatch.from_pydict(columns)
+
+
+def _flat(values: "NDArray[Any]") -> Any:  # noqa: ANN401
+    """Return numbers as an Arrow array over the same memory; `pa.array` would import pandas."""
+    import pyarrow as pa  # noqa: PLC0415 - start-up stays light
+
+    kind = pa.from_numpy_dtype(values.dtype)
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(kind, len(values), [None, buffer])
 
 
 @contextmanager
@@ -147,7 +158,7 @@ class UnitTable(Sequence[Unit]):
         self.path = path
         self._batches: list[Any] | None = None
         self._readers: dict[int, dict[str, Callable[[int], Any]]] = {}
-        lengths = [b.column("length").to_numpy() for b in self._open()]
+        lengths = [_numbers(b.column("length")) for b in self._open()]
         self.lengths: NDArray[np.int64] = np.concatenate(lengths).astype(np.int64)
         self._ends = list(accumulate(len(x) for x in lengths))
 
@@ -167,7 +178,7 @@ class UnitTable(Sequence[Unit]):
 
     def column(self, name: str) -> "NDArray[Any]":
         """Return one number of every unit."""
-        return np.concatenate([batch.column(name).to_numpy() for batch in self._open()])
+        return np.concatenate([_numbers(batch.column(name)) for batch in self._open()])
 
     def distinct(self, name: str) -> set[Any]:
         """Return the different values of one number or string."""
@@ -195,9 +206,14 @@ class UnitTable(Sequence[Unit]):
         return self._readers[at]
 
 
+def _numbers(column: Any) -> "NDArray[Any]":  # noqa: ANN401
+    """Return a view of a column without nulls; `to_numpy` would import pandas."""
+    return np.from_dlpack(column)
+
+
 def _reader(column: Any) -> Callable[[int], Any]:  # noqa: ANN401
     """Return a function from a row to its value; lists are views of the file's memory."""
     if not hasattr(column, "offsets"):
         return lambda row: column[row].as_py()
-    values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    values, ends = _numbers(column.values), _numbers(column.offsets)
     return lambda row: values[ends[row] : ends[row + 1]]

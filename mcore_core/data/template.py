@@ -3,18 +3,7 @@
 Which tokens train is never guessed. Two methods, the first that applies:
 
 1. *Generation tags.* The template marks assistant turns with `{% generation %}`: those tokens.
-2. *Prefix comparison.* For the assistant turn i, `before` is the rendering of the messages before
-   it with the generation prompt (what the model is given at inference) and `after` that of the
-   messages up to it. Both must be prefixes of the whole rendering; the text between them is what
-   the model has to write. In turns before the last a template may leave out markup that it writes
-   while a turn is the last one (Qwen3: an empty think block): then what remains of `after` must
-   stand where the whole rendering departs from `before`. Where more than markup is left out
-   (Qwen3: earlier thinking), or anything else differs, it is an error that shows where the
-   renderings part.
-
-Spans of text become tokens through the tokenizer's offsets. A token that reaches over the border
-to the prompt does not train (the model never writes it); whitespace after the end-of-turn token
-neither.
+2. *Prefix comparison.* What the rendering with a turn adds to the one before it: see data/turns.py.
 """
 
 import hashlib
@@ -33,19 +22,14 @@ from mcore_core.data.fit import fitted
 from mcore_core.data.loss_scale import LossScale, Span
 from mcore_core.data.rows import Conversation, Message, RowError
 from mcore_core.data.template_files import read_chat_template, read_system
-from mcore_core.errors import UsageError, usage_error
+from mcore_core.data.turns import ambiguous, turn_span
+from mcore_core.data.weigh import Ids, Weigher, Weights, inside
+from mcore_core.errors import usage_error
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from mcore_core.config.template import TemplateConfig
 
-type Ids = "NDArray[np.int32]"
-type Weights = "NDArray[np.float32]"
-type Offsets = "NDArray[np.int64]"
-
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARKUP = re.compile(r"<[^<>\n]*>|\s+")
 NO_TEMPLATE_FIX = (
     "fix: --chat_template FILE.jinja, or --use_chat_template false to join the messages as plain "
     "text, or give rows with a 'text' column"
@@ -98,6 +82,10 @@ class Template:
                 "be predicted from",
                 "fix: --max_length 2 or more",
             )
+
+    @property
+    def _weigh(self) -> Weigher:
+        return Weigher(self.tokenizer, self._scale)
 
     def fingerprint(self) -> str:
         """Return a hash of everything that changes what `encode` returns."""
@@ -164,8 +152,7 @@ class Template:
         """Text as it is, the tokenizer's own BOS before it and EOS after it, each once."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         has_bos = bool(bos) and text.startswith(bos)
-        ids, offsets = self._tokens(text, special=not has_bos, located=self._locates(spans))
-        weights = self._weigh(text, ids, offsets, spans)
+        ids, weights = self._weigh(text, spans, special=not has_bos)
         if eos is not None and (not len(ids) or ids[-1] != eos):
             ids = np.append(ids, np.int32(eos))
             ends_trained = spans is None or bool(spans and spans[-1][1] == len(text))
@@ -190,9 +177,8 @@ class Template:
         text = self._render(conversation, len(conversation.messages))
         spans = None
         if self._rounds != "all":
-            spans = [self._turn(conversation, text, i) for i in sorted(trained)]
-        ids, offsets = self._tokens(text, located=self._locates(spans))
-        return ids, self._weigh(text, ids, offsets, spans)
+            spans = [turn_span(self._render, conversation, text, i) for i in sorted(trained)]
+        return self._weigh(text, spans)
 
     def _require_template(self) -> str:
         if self.chat_template is None:
@@ -228,7 +214,7 @@ class Template:
         edges = np.flatnonzero(np.diff(mask, prepend=0.0, append=0.0))
         runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
         if len(runs) != len(turns):
-            raise self._ambiguous(
+            raise ambiguous(
                 f"it has {len(turns)} assistant turns, but the template's generation tags mark "
                 f"{len(runs)} stretches of tokens",
                 "so the turns that train cannot be told from those that do not",
@@ -242,9 +228,9 @@ class Template:
         if not self._scale.ignore_empty_think:
             return mask
         text = self._render(conversation, len(conversation.messages))
-        again, offsets = self._tokens(text)
+        again, offsets = self._weigh.tokens(text)
         if offsets is None or again.tolist() != ids.tolist():
-            raise self._ambiguous(
+            raise ambiguous(
                 "the template marks the assistant's turns, and the tokens of its text cannot be "
                 "located",
                 "so empty think blocks cannot be found (ignore_empty_think)",
@@ -252,22 +238,8 @@ class Template:
         starts = np.flatnonzero(np.diff(mask, prepend=0.0) > 0)
         spans = [(int(offsets[i, 0]), len(text)) for i in starts]
         for thought in self._scale.empty_thoughts(text, None if self._rounds == "all" else spans):
-            mask[_inside(offsets, thought)] = 0.0
+            mask[inside(offsets, thought)] = 0.0
         return mask
-
-    def _by_prefix(self, text: str, ids: Ids, span: Span) -> slice:
-        """For a tokenizer without offsets: prefixes of the text must be prefixes of the tokens."""
-        ends = []
-        for end in span:
-            prefix = self.tokenizer(text[:end], add_special_tokens=False)["input_ids"]
-            lead = next((k for k in (0, 1) if ids[k : k + len(prefix)].tolist() == prefix), None)
-            if lead is None:
-                raise self._ambiguous(
-                    f"the tokens of {text[:end][-60:]!r} are not a prefix of the whole's",
-                    "and this tokenizer gives no offsets",
-                )
-            ends.append(lead + len(prefix))
-        return slice(*ends)
 
     # -- which turns, where ------------------------------------------------------------------------
 
@@ -279,44 +251,7 @@ class Template:
             rounds = {i for i in turns if i > max(users, default=-1)}
         return {i for i in turns if messages[i].get("loss", i in rounds)}
 
-    def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
-        """Return where the assistant turn `i` stands in the whole rendering."""
-        before = self._render(conversation, i, prompt=True)
-        after = self._render(conversation, i + 1)
-        if text.startswith(before) and text.startswith(after) and len(before) <= len(after):
-            return len(before), len(after)
-        start = _common(before, text)
-        opened = before.rfind("<", 0, start)
-        if ">" not in before[opened:start]:  # they part within a tag: <think> and <tool_call>
-            start = max(opened, 0)
-        last = all(m["role"] != "assistant" for m in conversation.messages[i + 1 :])
-        if not last and start >= len(self._render(conversation, i)):
-            at = start
-            while text[:start] == after[:start] and at < len(after):
-                if text.startswith(after[at:], start):
-                    return start, start + len(after) - at
-                markup = MARKUP.match(after, at)
-                if markup is None:
-                    break
-                at = markup.end()
-        shown = after if text.startswith(before) else before
-        at = _common(shown, text)
-        raise self._ambiguous(
-            f"message {i} (assistant) is not rendered alone as within the whole conversation",
-            f"alone:  ...{shown[max(0, at - 40) : at + 50]!r}",
-            f"within: ...{text[max(0, at - 40) : at + 50]!r}",
-        )
-
-    def _ambiguous(self, *evidence: str) -> UsageError:
-        return usage_error(
-            "MC412",
-            "the chat template cannot be masked: which tokens the assistant writes is ambiguous",
-            *evidence,
-            "fix: mark the assistant's turns with {% generation %} in a --chat_template FILE, or "
-            "--loss_scale last_round to train only the last answer, or --loss_scale all",
-        )
-
-    # -- text and tokens ---------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------
 
     def _render(self, conversation: Conversation, stop: int, *, prompt: bool = False) -> str:
         text = self._apply(conversation, stop, tokenize=False, add_generation_prompt=prompt)
@@ -340,57 +275,5 @@ class Template:
         except (TemplateError, IndexError, TypeError, KeyError) as error:
             raise RowError(f"the chat template refuses these messages: {error}") from error
 
-    def _tokens(
-        self, text: str, *, special: bool = False, located: bool = True
-    ) -> tuple[Ids, "Offsets | None"]:
-        """Return the tokens and, where they are to be located, the characters each stands for."""
-        fast = located and bool(getattr(self.tokenizer, "is_fast", False))
-        out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast)
-        ids = np.asarray(out["input_ids"], np.int32)
-        offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) if fast else None
-        return ids, offsets
-
-    def _locates(self, spans: Sequence[Span] | None) -> bool:
-        """Return whether `_weigh` needs to know which characters a token stands for."""
-        return spans is not None or self._scale.ignore_empty_think
-
-    def _weigh(
-        self, text: str, ids: Ids, offsets: "Offsets | None", spans: Sequence[Span] | None
-    ) -> Weights:
-        """Return 1 for the tokens in the spans, all with None, 0 for the others."""
-        weights = np.full(len(ids), spans is None, np.float32)
-        thoughts = self._scale.empty_thoughts(text, spans)
-        if offsets is None:
-            for span in spans or ():
-                weights[self._by_prefix(text, ids, span)] = 1.0
-            for thought in thoughts:
-                weights[self._by_prefix(text, ids, thought)] = 0.0
-            return weights
-        special = np.isin(ids, list(self.tokenizer.all_special_ids))
-        for start, end in spans or ():
-            inside = _inside(offsets, (start, end))
-            weights[inside] = 1.0
-            ends = np.flatnonzero(inside & special)
-            if len(ends) and not text[offsets[ends[-1], 1] : end].strip():
-                weights[ends[-1] + 1 : np.flatnonzero(inside)[-1] + 1] = 0.0
-        for thought in thoughts:
-            weights[_inside(offsets, thought)] = 0.0
-        return weights
-
     def _decode(self, ids: Ids) -> str:
         return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-
-
-def _inside(offsets: "Offsets", span: Span) -> "NDArray[np.bool_]":
-    """Return which tokens stand for characters of the span alone."""
-    start, end = span
-    return (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-
-
-def _common(a: str, b: str) -> int:
-    """Return how many characters at their beginnings are equal."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low

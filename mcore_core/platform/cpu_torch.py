@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
@@ -251,9 +252,18 @@ def patch_type_names() -> None:
 
 
 def patch_compile() -> None:
-    """Make `torch.compile` the identity."""
+    """Make `torch.compile` the identity, and what torch hides from it what it is.
+
+    `torch._compile._disable_dynamo` imports dynamo, for a second, at the first call of what it
+    wraps: the methods of optimizers, and recomputation.
+    """
 
     def compile_(model: object = None, **kwargs: object) -> object:
         return (lambda function: function) if model is None else model
 
     setattr(torch, "compile", compile_)  # noqa: B010
+    for owner in (torch.optim.Optimizer, torch.utils.checkpoint):
+        for function in vars(owner).values():
+            code = getattr(function, "__code__", None)
+            if code is not None and code.co_qualname == "_disable_dynamo.<locals>.inner":
+                function.__wrapped__.__dynamo_disable = function.__wrapped__

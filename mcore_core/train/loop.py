@@ -257,13 +257,16 @@ def _write_merged(session: Session, max_shard: int) -> None:
 
 @contextmanager
 def _garbage(options: TrainConfig) -> Iterator[None]:
+    """Leave what was there before the loop, modules above all, out of every collection."""
+    gc.collect()
+    gc.freeze()
     if options.manual_gc:
         gc.disable()
-        gc.collect()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from mcore_core.context import RunContext
 from mcore_core.data.pipeline import DataBundle, build_data
 from mcore_core.data.template import Template
 from mcore_core.errors import Problem, UsageError, usage_error
-from mcore_core.installed import package_of
+from mcore_core.installed import packages
 from mcore_core.model.moe.find import find_dispatcher
 from mcore_core.protocols import TunerContext
 from mcore_core.report.hub import RunReports, build_reporters
@@ -94,14 +94,14 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     Raises:
         UsageError: What the user has to change.
     """
-    config = prepared.config
+    config, known = prepared.config, packages()
     run = RunContext(
         config=config,
         output_dir=folders.choose(config),
         layout=source.layout,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        plugins={n: _distribution(n, p) for n, p in prepared.plugins.items()},
+        plugins={n: _distribution(p, known.get(n)) for n, p in prepared.plugins.items()},
         environment=environment(platform),
     )
     build_recipe: Any = prepared.recipe.load()
@@ -373,8 +373,7 @@ def _precision(dtype: torch.dtype, config: "RunConfig", *, engine: bool) -> str:
     return name + (", Transformer Engine" if engine else "")
 
 
-def _distribution(name: str, plugin: object) -> dict[str, str]:
-    found = package_of(name)
+def _distribution(plugin: object, found: tuple[str, str] | None) -> dict[str, str]:
     if found is not None:
         return {"package": found[0], "version": found[1]}
     module = type(plugin).__module__.split(".")[0]  # registered by hand, not installed

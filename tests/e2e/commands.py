@@ -1,6 +1,8 @@
 """Run the `mcore` command in forks of this process: torch is imported once, a run takes seconds."""
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
@@ -63,6 +65,7 @@ class Child:
             if done:
                 seconds = time.monotonic() - self.started
                 self.sweep()
+                _import_too(self.log.with_suffix(".modules"))
                 return Ran(os.waitstatus_to_exitcode(status), self.out, self.err, seconds)
             if time.monotonic() > end:
                 self.sweep()
@@ -124,8 +127,22 @@ def _import():
     from mcore_core.report import tensorboard  # noqa: F401
 
 
+ALONE = {"wandb", "swanlab"}
+"""Packages that start threads or read their settings as they are imported."""
+
+
+def _import_too(names):
+    """Import what a command has needed, for the forks to come."""
+    if names.exists():
+        for name in names.read_text().split():
+            if name not in sys.modules and name.partition(".")[0] not in ALONE:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+
+
 def _child(argv, log, env, before):
     code = 99
+    gc.freeze()  # else the first collection copies all memory that the forks share
     try:
         os.setpgid(0, 0)
         for number, suffix in ((1, ".out"), (2, ".err")):
@@ -141,9 +158,12 @@ def _child(argv, log, env, before):
             before()
         from mcore_core.cli.main import main
 
+        known = set(sys.modules)
         code = main(argv)
         sys.stdout.flush()
         sys.stderr.flush()
+        names = [name for name in list(sys.modules) if name not in known]
+        log.with_suffix(".modules").write_text("\n".join(names))
     except BaseException:
         traceback.print_exc()
     finally:
