@@ -110,11 +110,13 @@ def _explain(error: BaseException, rank: int, step: int) -> BaseException:
     text = str(error)
     lost = ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "NCCL")
     if isinstance(error, RuntimeError) and any(word in text for word in lost):
+        from mcore_core.parallel.state import silent_ranks  # noqa: PLC0415
+
         return RunFailure(
             "MC803",
             f"rank {rank} lost the others in step {step + 1}",
             text.splitlines()[0][:300],
-            "another rank died or hung: look for its own error first",
+            f"{silent_ranks()} died or hung: look for its own error first",
             "fix: if a step or a save takes longer than the time-out, raise --ddp_timeout",
         )
     return error

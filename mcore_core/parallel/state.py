@@ -1,6 +1,7 @@
 """Process groups: initialize them for a layout, and take them down."""
 
 import os
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -86,6 +87,25 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def silent_ranks(wait_s: float = 3.0) -> str:
+    """Say which ranks are gone, after a collective has failed: all others say here that they live.
+
+    Every rank that lost the others calls this at about the same time, and waits so long for them.
+    """
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"mcore/alive/{dist.get_rank()}", "1")
+        time.sleep(wait_s)
+        world = range(dist.get_world_size())
+        silent = [r for r in world if not store.check([f"mcore/alive/{r}"])]
+    except Exception:  # the store is held by a rank that is gone, or by its machine
+        return "rank 0, with which the others meet,"
+    if not silent:
+        return "a rank whose answer came too late"
+    several = len(silent) > 1
+    return f"rank{'s' if several else ''} {', '.join(map(str, silent))}"
 
 
 def shut_down() -> None:

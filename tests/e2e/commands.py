@@ -202,3 +202,21 @@ def refused(ran, *texts):
         assert text in ran.err
     assert "Traceback" not in ran.err
     assert ran.err.count("error[") == 1, ran.err
+
+
+STEPS = ["--train_iters", 6, "--save_interval", 3, "--log_interval", 1]
+"""Of a run of six steps, saved at 3 and 6."""
+
+
+def names(folder):
+    """What is in a folder."""
+    return {p.name for p in folder.iterdir()}
+
+
+def same_weights(a, b):
+    """The safetensors of two folders are equal bit for bit."""
+    from safetensors.torch import load_file
+
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert left.keys() == right.keys()
+    return all(left[name].equal(right[name]) for name in left)

@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from commands import Commands
+from commands import STEPS, Commands
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -111,6 +111,14 @@ def sft(model, dataset):
         "run", "--plugin", "sft", "--model", model, "--dataset", dataset,
         "--num_workers", "0", "--lr", "1e-3", "--micro_batch_size", "2", "--global_batch_size", "8",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def plain(mcore, sft, place):
+    """A run of six steps, saved at 3 and 6."""
+    ran = mcore(*sft, *STEPS, "--save", place / "plain")
+    assert ran.code == 0, ran.err
+    return ran.folder()
 
 
 @pytest.fixture

@@ -1,36 +1,11 @@
 """`mcore run --plugin sft` from end to end: its files, its numbers, how it ends and goes on."""
 
-import importlib
 import json
-import os
 import re
-import signal
-from pathlib import Path
 
 import pytest
 import torch
-from commands import losses, metrics, until
-from safetensors.torch import load_file
-
-STEPS = ["--train_iters", 6, "--save_interval", 3, "--log_interval", 1]
-
-
-@pytest.fixture(scope="module")
-def plain(mcore, sft, place):
-    """A run of six steps, saved at 3 and 6."""
-    ran = mcore(*sft, *STEPS, "--save", place / "plain")
-    assert ran.code == 0, ran.err
-    return ran.folder()
-
-
-def names(folder):
-    return {p.name for p in folder.iterdir()}
-
-
-def same_weights(a, b):
-    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert left.keys() == right.keys()
-    return all(torch.equal(left[name], right[name]) for name in left)
+from commands import STEPS, losses, metrics, names, same_weights
 
 
 def test_files_of_a_run(plain, place):
@@ -255,104 +230,3 @@ def test_workers_change_nothing(mcore, sft, plain, tmp_path):
     ran = mcore(*options, *STEPS, "--save", tmp_path / "workers")
     assert ran.code == 0, ran.err
     assert losses(ran.folder()) == losses(plain)
-
-
-def started(child, folder, steps=2):
-    """The run folder, once the run below `folder` has taken some steps."""
-
-    def find():
-        assert child.alive(), child.err[-3000:]
-        for run in folder.glob("v0-*"):
-            if (run / "metrics.jsonl").exists() and len(metrics(run)) >= steps:
-                return run
-        return None
-
-    return until(find, timeout=90)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_ends_well(mcore, sft, tmp_path, ranks):
-    long = ["--train_iters", 100000, "--save", tmp_path / "stopped", "--nproc_per_node", ranks]
-    child = mcore.start([*sft, *long])
-    run = started(child, tmp_path / "stopped")
-    child.kill(signal.SIGTERM)
-    ran = child.wait()
-    assert ran.code == 0, ran.err
-    last = max(losses(run))
-    assert f"SIGTERM: saved and stopped after step {last}" in ran.err
-    kept = {n for n in names(run) if "checkpoint" in n}
-    assert kept == {f"checkpoint-{last}"}
-    assert "report.html" in names(run)
-    again = ["--train_iters", last + 1, "--load", run, "--save", tmp_path / "goes-on"]
-    ran = mcore(*sft, *again)
-    assert ran.code == 0, ran.err
-    assert sorted(losses(ran.folder())) == [last + 1]
-
-
-def sigterm_in(module, owner, name):
-    """Have the child send itself SIGTERM when it first calls something."""
-
-    def before():
-        place = getattr(importlib.import_module(module), owner)
-        original = getattr(place, name)
-
-        def called(*args, **options):
-            setattr(place, name, original)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args, **options)
-
-        setattr(place, name, called)
-
-    return before
-
-
-def test_sigterm_in_the_first_step(mcore, sft, plain, tmp_path):
-    """The step is taken to its end and saved; the rest of the run gives what it had given."""
-    save = ["--save", tmp_path / "stopped", "--add_version", "false"]
-    first = sigterm_in("mcore_sft.recipe", "SFTRecipe", "loss")
-    ran = mcore(*sft, *STEPS, *save, before=first)
-    assert ran.code == 0, ran.err
-    assert "SIGTERM: saved and stopped after step 1" in ran.err
-    stopped = tmp_path / "stopped"
-    assert {n for n in names(stopped) if "checkpoint" in n} == {"checkpoint-1"}
-    assert losses(stopped) == {1: losses(plain)[1]}
-    ran = mcore(*sft, *STEPS, *save, "--load", stopped)
-    assert ran.code == 0, ran.err
-    assert losses(stopped) == losses(plain)
-    assert same_weights(stopped / "checkpoint-6", plain / "checkpoint-6")
-
-
-def test_sigterm_before_the_first_step(mcore, sft, plain, tmp_path):
-    """There is nothing to save: the process ends at once, and the same command begins anew."""
-    save = ["--save", tmp_path / "stopped", "--add_version", "false"]
-    early = sigterm_in("mcore_core.train.session", "folders", "write_facts")
-    ran = mcore(*sft, *STEPS, *save, before=early)
-    assert ran.code == -signal.SIGTERM, ran.err
-    assert not [n for n in names(tmp_path / "stopped") if "checkpoint" in n]
-    ran = mcore(*sft, *STEPS, *save)
-    assert ran.code == 0, ran.err
-    assert losses(tmp_path / "stopped") == losses(plain)
-
-
-def test_a_killed_rank_is_named(mcore, sft, tmp_path):
-    long = ["--train_iters", 100000, "--save", tmp_path / "killed", "--nproc_per_node", 2]
-    child = mcore.start([*sft, *long])
-    started(child, tmp_path / "killed")
-    os.kill(rank_process(child.pid, "1"), signal.SIGKILL)
-    ran = child.wait(60)
-    assert ran.code == 1
-    assert "error[MC623]: rank 1 ended first, with signal SIGKILL" in ran.err
-    assert "Traceback" not in ran.err
-
-
-def rank_process(launcher, rank):
-    """The process of a rank below a launcher."""
-    waiting = [launcher]
-    while waiting:
-        pid = waiting.pop()
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environment:
-            return pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        waiting += [int(word) for word in children.split()]
-    raise AssertionError(f"no process of rank {rank}")
