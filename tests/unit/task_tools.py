@@ -1,18 +1,22 @@
 """Recipes of tasks without a model or ranks, and random units for them."""
 
-import numpy as np
-import torch
-from data_tools import make_template
-from mcore_sft.config import SFTConfig
-from mcore_sft.tasks.config import EmbeddingConfig, RerankerConfig, TaskConfig
-from mcore_sft.tasks.embedding import Embedding
-from mcore_sft.tasks.reranker import GenerativeReranker
-from mcore_sft.tasks.seq_cls import SequenceClassification
-from mcore_sft.tasks.sides import joined
+from mcore_core import compat
 
-from mcore_core.config.kernel import kernel_config
-from mcore_core.parallel.reduce import RowReduce
-from mcore_core.protocols import HeadOut
+compat.apply()  # before anything imports megatron
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from data_tools import make_template  # noqa: E402
+from mcore_sft.config import SFTConfig  # noqa: E402
+from mcore_sft.tasks.config import EmbeddingConfig, RerankerConfig, TaskConfig  # noqa: E402
+from mcore_sft.tasks.embedding import Embedding  # noqa: E402
+from mcore_sft.tasks.reranker import GenerativeReranker  # noqa: E402
+from mcore_sft.tasks.seq_cls import SequenceClassification  # noqa: E402
+from mcore_sft.tasks.sides import joined  # noqa: E402
+
+from mcore_core.config.kernel import kernel_config  # noqa: E402
+from mcore_core.parallel.reduce import RowReduce  # noqa: E402
+from mcore_core.protocols import HeadOut  # noqa: E402
 
 GROUPS = (SFTConfig, TaskConfig, EmbeddingConfig, RerankerConfig)
 RECIPES = {
@@ -64,3 +68,23 @@ def loss_of(made, units, values_SN):
     assert len(kept) == len(values_SN) == len(batch.lengths)
     out = HeadOut(logps_T=torch.zeros(len(kept)), values_TN=values_SN)
     return made.loss(out, batch, reduce_of(batch).take(kept))
+
+
+CASES = 100
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def compare(made, units, values, reference):
+    """Value and gradient of the recipe's mean against those of the reference's."""
+    mine, theirs = (torch.tensor(values, requires_grad=True) for _ in range(2))
+    out = loss_of(made, units, mine)
+    wanted = reference(theirs)
+    torch.testing.assert_close(out.total / out.count, wanted, **EXACT)
+    (out.total / out.count).backward()
+    wanted.backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, **EXACT)
+    return out
+
+
+def mean(values):
+    return torch.stack(list(values)).mean()
