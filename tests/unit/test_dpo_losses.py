@@ -315,10 +315,9 @@ def test_ipo_and_sigmoid_norm_take_means_over_tokens():
         "hinge": False,
     }.items():
         made = recipe(loss_type=name)
-        a = float(loss_of(made, prepared(made, [unit]), logps)[0].total)
-        b = float(
-            loss_of(made, prepared(made, [longer]), [np.full(longer["length"], -1.5)])[0].total
-        )
+        a = loss_of(made, prepared(made, [unit]), logps)[0].total.item()
+        other = [np.full(longer["length"], -1.5)]
+        b = loss_of(made, prepared(made, [longer]), other)[0].total.item()
         assert (a == pytest.approx(b)) is same, name
 
 
