@@ -249,13 +249,16 @@ def test_both_sides_of_a_pair_share_a_row():
     assert batch.ref_logps_S.tolist() == [0, 0, -1.5, -2.5, 0, 0]
     # the answer and the end of the turn train, shifted to the position that predicts them
     assert batch.answer_tokens_S.tolist() == [2, 2, 3, 2, 4, 2]
+    given = [weights for unit in units for weights in split(unit)[1]]
     start = 0
-    for length, count in zip(batch.lengths, batch.answer_tokens_S.tolist(), strict=True):
+    rows = zip(batch.lengths, batch.answer_tokens_S.tolist(), given, strict=True)
+    for length, count, each in rows:
         part = slice(start, start + length)
         weights, targets = batch.weights_T[part], batch.targets_T[part]
         assert weights.sum() == count
         assert weights[-1] == 0
         assert (targets[:-1] == batch.tokens_T[part][1:]).all()
+        assert (weights[:-1].numpy() == each[1:]).all()
         start += length
 
 
