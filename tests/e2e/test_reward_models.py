@@ -134,8 +134,9 @@ def test_grpo_takes_it_as_the_reward(grpo, trained, tuner):
     assert len(said) == 8
     talks = []
     for each in said:
-        question = each["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-        talks.append(talk(question, each["completion"].removesuffix("<|im_end|>")))
+        question = each["prompt"].removeprefix("user\n").removesuffix("\nassistant\n")
+        assert question.endswith(" + 1 = ?")
+        talks.append(talk(question, each["completion"]))
     wanted = scores(folder, talks)
     assert len(set(wanted)) > 1
     for each, score in zip(said, wanted, strict=True):

@@ -246,6 +246,7 @@ def test_bco_is_trls_with_a_running_mean():
         with torch.no_grad():  # no training pass: the mean is used and stays
             before = float(made._mean.value)
             out, _ = loss_of(made, prepared(made, units), logps)
+            assert float(made._mean.value) == before
         policy, ref, _ = sums(units, logps)
         mean += (made.options.beta * (policy - ref).mean() - mean) / (seed + 1)
         out, _ = loss_of(made, prepared(made, units), logps)
