@@ -87,6 +87,17 @@ class Piece:
             self, at=moved, to=_set(self.to, axis, low), size=_set(self.size, axis, high - low)
         )
 
+    def in_rows(self, start: int, stop: int) -> "Piece | None":
+        """Return what lies in rows [start, stop) of the HF tensor, counted from `start` there."""
+        found: Piece | None = self
+        if 0 in self.axes:
+            axis = self.axes.index(0)
+            first, last = (-((self.at[0] - row) // self.step(axis)) for row in (start, stop))
+            found = self.cut(axis, self.to[axis] + first, self.to[axis] + last)
+        elif not start <= self.at[0] < stop:
+            return None
+        return found and replace(found, at=_set(found.at, 0, found.at[0] - start))
+
     def shift(self, axis: int, by: int) -> "Piece":
         """Return the piece moved along the weight's `axis`."""
         return replace(self, to=_set(self.to, axis, self.to[axis] + by))

@@ -1,5 +1,6 @@
 """Adapters and PEFT: each loads what the other made, and both train alike."""
 
+import copy
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from mcore_core.testing.ranks import fork_ranks
 
 FEW = ("llama", "qwen2_moe")
 LIMIT = 1e-5
+"""Of the largest element; float32 itself is up to 8e-6 away from a float64 run, on both sides."""
 
 
 def some(names, few=FEW):
@@ -71,7 +73,8 @@ def test_peft_loads_what_we_write(tmp_path, name):
         tuned = peft_model(tmp_path / "model", case, tmp_path / "adapter")
     theirs_TV = peft_logits(tuned, tokens_T)
     assert not close(theirs_TV, expected_TV, 1e-2)
-    assert close(with_TV, theirs_TV, 1e-4)
+    # float32 is up to 7e-6 away from float64 in PEFT's model, and up to 3e-6 in ours (qwen3_next)
+    assert close(with_TV, peft_logits(copy.deepcopy(tuned).double(), tokens_T))
     merged = tuned.merge_and_unload()
     merged.save_pretrained(tmp_path / "theirs")
     mine, theirs = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "theirs")
@@ -166,10 +169,10 @@ def test_we_train_on_what_peft_made(tmp_path, name):
     assert mine.keys() == names.keys()
     for key, gradient in zip(names, gradients, strict=True):
         assert gradient.abs().max() > 0, key
-        assert close(mine[key], gradient, 5 * LIMIT), key
+        assert close(mine[key], gradient, LIMIT), key
     mine = adapter_of(tmp_path / "trained")
     for key, parameter in names.items():
-        assert close(mine[key], parameter.detach(), 5 * LIMIT), key
+        assert close(mine[key], parameter.detach(), LIMIT), key
 
 
 @pytest.mark.parametrize("name", some(PEFT_CASES))
@@ -181,7 +184,7 @@ def test_an_adapter_passes_through_unchanged(tmp_path, name):
     tuned.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     given = str(tmp_path / "theirs")
     logits_TV, _ = in_fork(lambda: ours(folder, case, tmp_path, tokens_T, adapters=[given]))
-    assert close(logits_TV, peft_logits(tuned, tokens_T), 1e-4)
+    assert close(logits_TV, peft_logits(tuned, tokens_T))
     mine, theirs = adapter_of(tmp_path / "adapter"), adapter_of(tmp_path / "theirs")
     assert mine.keys() == theirs.keys()
     for key, tensor in theirs.items():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from family_cases import CASES, family_of, plan_for
-from mcore_hfbridge.export import flatten, scatter, transfers_of
+from mcore_hfbridge.export import bytes_of, flatten, scatter, split, transfers_of
 from mcore_hfbridge.load import load
 from mcore_hfbridge.ranks import Held, Member, Ranks
 
@@ -93,10 +93,13 @@ def load_ranks(plan, architecture, folder, grid=ONE, dtype=torch.float32, others
     return weights_of
 
 
-def assemble_all(plan, weights_of, grid=ONE):
-    """Return every HF tensor, from what each simulated rank gives."""
+def assemble_all(plan, weights_of, grid=ONE, *, bucket=10**9):
+    """Return every HF tensor, from what each simulated rank gives, a bucket of bytes at once."""
     ranks = rank_of(weights_of, 0, grid)
     whole = {n: torch.full(p.shape, float("nan")) for n, p in plan.hf.items()}
-    for (owner, _), transfers in transfers_of(plan, ranks, list(plan.hf)).items():
-        scatter(whole, transfers, flatten(weights_of[owner], transfers))
+    for parts in split(plan, bytes_of(plan, ranks), bucket):
+        boxes = {p.name: whole[p.name][p.start : p.stop] for p in parts}
+        assert sum(b.nbytes for b in boxes.values()) <= bucket or boxes[parts[0].name].shape[0] == 1
+        for (owner, _), transfers in transfers_of(plan, ranks, parts).items():
+            scatter(boxes, transfers, flatten(weights_of[owner], transfers))
     return whole

@@ -138,10 +138,10 @@ def test_no_more_than_a_bucket_is_gathered_at_once(tmp_path, monkeypatch):
         original(self, tensors)
 
     monkeypatch.setattr(Writer, "write", spy)
-    monkeypatch.setattr("mcore_hfbridge.save.BUCKET", 13_000)
+    monkeypatch.setattr("mcore_hfbridge.save.BUCKET", 700)  # the embedding alone is 12,928
     save(plan, weights, tmp_path / "out", ranks, GB, None)
-    assert len(sizes) > 4
-    assert max(sizes) <= 13_000
+    assert len(sizes) > 100
+    assert max(sizes) <= 700
     again = load_file(tmp_path / "out/model.safetensors")
     before = load_file(tmp_path / "in/model.safetensors")
     assert again.keys() == before.keys()

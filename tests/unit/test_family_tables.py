@@ -51,6 +51,8 @@ def test_round_trip(saved):
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             assert torch.equal(found[key], tensor), f"{name}: {key}"
+    few_rows = assemble_all(plan, weights_of, grid, bucket=900)
+    assert all(torch.equal(few_rows[key], tensor) for key, tensor in expected.items())
 
 
 def errors_of(plan, folder, tensors):

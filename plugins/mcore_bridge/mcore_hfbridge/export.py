@@ -20,6 +20,15 @@ BUCKET = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one HF tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """What one rank gives to one HF tensor."""
 
@@ -33,7 +42,7 @@ def export(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every HF tensor whole, in the plan's order, on every rank. Collective."""
     for names in buckets(plan, ranks, BUCKET):
-        yield from assemble(plan, weights, ranks, names, to=None).items()
+        yield from assemble(plan, weights, ranks, whole(plan, names), to=None).items()
 
 
 def dtype_of(ranks: "Ranks", part: "HFPart") -> torch.dtype:
@@ -69,35 +78,53 @@ def pack(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
         yield run
 
 
+def whole(plan: "Plan", names: Sequence[str]) -> list[Part]:
+    """Return HF tensors as parts of all their rows."""
+    return [Part(name, 0, plan.hf[name].shape[0]) for name in names]
+
+
+def split(plan: "Plan", sizes: Mapping[str, int], limit: int) -> Iterator[list[Part]]:
+    """Yield runs of parts of at most `limit` bytes, or of one row; a larger tensor is cut."""
+    for names in pack(sizes, limit):
+        rows = plan.hf[names[0]].shape[0]
+        step = max(1, rows * limit // max(1, sizes[names[0]]))
+        if len(names) > 1 or step >= rows:
+            yield whole(plan, names)
+            continue
+        for start in range(0, rows, step):
+            yield [Part(names[0], start, min(rows, start + step))]
+
+
 def assemble(
     plan: "Plan",
     weights: Mapping[str, torch.Tensor],
     ranks: "Ranks",
-    names: Sequence[str],
+    parts: Sequence[Part],
     *,
     to: int | None,
 ) -> dict[str, torch.Tensor]:
-    """Return HF tensors whole: on every rank of the replica, or on the rank `to` alone.
+    """Return parts of HF tensors by name: on every rank of the replica, or on the rank `to` alone.
 
     Collective over the replica. The others get an empty dict. With `to` the tensors are on the CPU.
     """
-    given = transfers_of(plan, ranks, names)
+    given = transfers_of(plan, ranks, parts)
     receives = to is None or to == ranks.rank
     held = ranks.held
-    dtypes = {n: held[plan.hf[n].held_by[0][0]].dtype for n in names}
     device = _device(weights)
-    whole = {
-        n: torch.empty(
-            plan.hf[n].shape, dtype=dtypes[n], device=device if to is None else torch.device("cpu")
+    found = {
+        part.name: torch.empty(
+            (part.stop - part.start, *plan.hf[part.name].shape[1:]),
+            dtype=held[plan.hf[part.name].held_by[0][0]].dtype,
+            device=device if to is None else torch.device("cpu"),
         )
-        for n in (names if receives else ())
+        for part in (parts if receives else ())
     }
     for owner, dtype in sorted(given, key=str):
         transfers = given[owner, dtype]
         mine = owner == ranks.rank
         if mine and (ranks.size == 1 or to == owner):
             for t in transfers:
-                _place(whole, t, weights[t.weight].detach()[t.piece.slices])
+                _place(found, t, weights[t.weight].detach()[t.piece.slices])
         elif mine or receives:
             numel = sum(t.piece.numel for t in transfers)
             flat = (
@@ -107,8 +134,8 @@ def assemble(
             )
             _move(ranks, flat, owner, to)
             if receives:
-                scatter(whole, transfers, flat)
-    return whole
+                scatter(found, transfers, flat)
+    return found
 
 
 def _device(weights: Mapping[str, torch.Tensor]) -> torch.device:
@@ -120,24 +147,27 @@ def _device(weights: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 def transfers_of(
-    plan: "Plan", ranks: "Ranks", names: Sequence[str]
+    plan: "Plan", ranks: "Ranks", parts: Sequence[Part]
 ) -> dict[tuple[int, torch.dtype], list[Transfer]]:
-    """Return what each rank gives to these tensors: computed alike on every rank, by type."""
+    """Return what each rank gives to these parts: computed alike on every rank, by type."""
     out: dict[tuple[int, torch.dtype], list[Transfer]] = {}
-    for name in names:
-        for key, position in plan.hf[name].held_by:
+    for part in parts:
+        for key, position in plan.hf[part.name].held_by:
             weight = plan.weights[key]
             shard = weight.rule.shard
             owners = ranks.owners(key, shard.group)
             if shard.dim is None:
                 owners = owners[:1]
-            for owner, part in owners:
+            for owner, place in owners:
                 held = ranks.members[owner].held[key]
-                out.setdefault((owner, held.dtype), []).extend(
-                    Transfer(name, key, piece)
-                    for piece in weight.pieces(held.shape, part, ranks.sizes[shard.group])
+                gives = [
+                    Transfer(part.name, key, inside)
+                    for piece in weight.pieces(held.shape, place, ranks.sizes[shard.group])
                     if piece.hf == position
-                )
+                    and (inside := piece.in_rows(part.start, part.stop)) is not None
+                ]
+                if gives:
+                    out.setdefault((owner, held.dtype), []).extend(gives)
     return out
 
 
@@ -157,14 +187,14 @@ def _move(ranks: "Ranks", flat: torch.Tensor, owner: int, to: int | None) -> Non
 
 
 def scatter(
-    whole: Mapping[str, torch.Tensor], transfers: Sequence[Transfer], flat: torch.Tensor
+    found: Mapping[str, torch.Tensor], transfers: Sequence[Transfer], flat: torch.Tensor
 ) -> None:
-    """Put the data of one rank's transfers where it belongs in the whole tensors."""
+    """Put the data of one rank's transfers where it belongs in the parts of HF tensors."""
     start = 0
     for t in transfers:
-        _place(whole, t, flat[start : start + t.piece.numel].view(t.piece.size))
+        _place(found, t, flat[start : start + t.piece.numel].view(t.piece.size))
         start += t.piece.numel
 
 
-def _place(whole: Mapping[str, torch.Tensor], t: Transfer, box: torch.Tensor) -> None:
-    to_weight(whole[t.hf][t.piece.hf_slices], t.piece).copy_(box)
+def _place(found: Mapping[str, torch.Tensor], t: Transfer, box: torch.Tensor) -> None:
+    to_weight(found[t.hf][t.piece.hf_slices], t.piece).copy_(box)

@@ -14,7 +14,7 @@ import torch
 from mcore_core.errors import Problem, UsageError
 from mcore_core.model.resolve import read_hf_config
 from mcore_core.model.weight_files import INDEX, SINGLE
-from mcore_hfbridge.export import assemble, bytes_of, dtype_of, pack
+from mcore_hfbridge.export import assemble, bytes_of, dtype_of, pack, split
 from mcore_hfbridge.ranks import agree
 from mcore_hfbridge.writer import Entry, Writer, file_order
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mcore_hfbridge.plan import Plan
     from mcore_hfbridge.ranks import Ranks
 
-BUCKET = 256 * 2**20
+BUCKET = 16 * 2**20
+"""Bytes gathered at once: little enough that their memory is used again, and that caches help."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -59,7 +60,7 @@ def save(
     for start in range(0, len(mine), ranks.size):
         group = mine[start : start + ranks.size]
         entries = [file_order(_entries(plan, ranks, files[file])) for file in group]
-        queues = [list(pack({e.name: e.nbytes for e in each}, BUCKET)) for each in entries]
+        queues = [list(split(plan, {e.name: e.nbytes for e in each}, BUCKET)) for each in entries]
         writer = None
         if ranks.rank < len(group):
             file = group[ranks.rank]
@@ -99,8 +100,8 @@ def save_file(
     unfinished = path.with_name(_partial(path.name))
     writer = Writer(unfinished, entries) if main else None
     if ranks.replica == 0:
-        for names in pack({e.name: e.nbytes for e in entries}, BUCKET):
-            tensors = assemble(plan, weights, ranks, names, to=0)
+        for parts in split(plan, {e.name: e.nbytes for e in entries}, BUCKET):
+            tensors = assemble(plan, weights, ranks, parts, to=0)
             if writer is not None and not problems:
                 problems += _attempt(partial(writer.write, tensors), path.parent)
     if writer is not None:

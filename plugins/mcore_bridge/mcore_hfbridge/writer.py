@@ -44,19 +44,25 @@ class Writer:
     entries: Sequence[Entry]
     _file: "BinaryIO | None" = None
     _at: int = field(default=0, init=False)
+    _rows: int = field(default=0, init=False)
+    """Of the next tensor, that are written."""
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the next tensors; on the CPU. Raises OSError."""
+        """Write the next tensors, or the next rows of one; on the CPU. Raises OSError."""
         if self._file is None:
             self._file = self.path.open("wb")
             self._file.write(header(self.entries))
         for name, tensor in tensors.items():
             entry = self.entries[self._at]
-            found = (name, tensor.dtype, tuple(tensor.shape))
-            assert found == (entry.name, entry.dtype, entry.shape), f"{found} in place of {entry}"
+            self._rows += tensor.shape[0]
+            found = (name, tensor.dtype, tuple(tensor.shape[1:]))
+            expected = (entry.name, entry.dtype, entry.shape[1:])
+            assert found == expected, f"{found} in place of {entry}"
+            assert self._rows <= entry.shape[0], f"{self._rows} rows of {entry}"
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             self._file.write(memoryview(data.numpy()))
-            self._at += 1
+            if self._rows == entry.shape[0]:
+                self._at, self._rows = self._at + 1, 0
 
     def close(self) -> None:
         """Close the file. Raises OSError."""
