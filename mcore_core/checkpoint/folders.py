@@ -93,8 +93,8 @@ def _runs(folder: Path) -> Iterator[Path]:
         yield from (p for p in folder.iterdir() if p.is_dir() and not _NAME.match(p.name))
 
 
-def require(load: Path, option: str = "--load") -> Checkpoint:
-    """Return `find(load)`, or say what is there instead."""
+def require(load: Path, option: str = "--load", *, restart: bool = True) -> Checkpoint:
+    """Return `find(load)`, or say what is there instead; `restart`: a run may begin without it."""
     found = find(load)
     if found is not None:
         return found
@@ -114,7 +114,7 @@ def require(load: Path, option: str = "--load") -> Checkpoint:
         "fix: give a folder that holds checkpoint-N with training.json"
         + (
             ", or --exit_on_missing_checkpoint false to start from the beginning"
-            if option == "--load"
+            if option == "--load" and restart
             else ""
         ),
     )

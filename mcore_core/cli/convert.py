@@ -14,6 +14,7 @@ from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import usage_error
 from mcore_core.model.hf_head import write_head
 from mcore_core.model.resolve import read_hf_config
+from mcore_core.model.weight_files import copy_beside
 
 if TYPE_CHECKING:
     from mcore_core.checkpoint.folders import Checkpoint
@@ -55,7 +56,6 @@ def convert(prepared: "PreparedExport") -> None:
         shut_down()
         return
     if config[ExportConfig].to_hf:
-        target.mkdir(parents=True, exist_ok=True)
         bridge.save(
             chunks,
             target,
@@ -181,7 +181,14 @@ def _trained_folder(prepared: "PreparedExport") -> "Checkpoint | None":
 
     load = prepared.config[CheckpointConfig].load
     if load is not None:
-        return folders.require(Path(load).expanduser())
+        path = Path(load).expanduser()
+        if folders.find(path) is None and (path / "config.json").is_file():
+            raise usage_error(
+                "MC702",
+                f"--load {path} holds a model, and no checkpoint of a run",
+                f"fix: --model {path}, which takes Hugging Face models",
+            )
+        return folders.require(path, restart=False)
     given = prepared.config[WeightsConfig].adapters
     return folders.find(Path(given[0]).expanduser()) if given else None
 
@@ -296,21 +303,25 @@ def _save_state(
     }
 
     def copy_config(folder: Path) -> None:
-        for name in ("config.json", "generation_config.json"):
-            if _is_main() and (source.path / name).is_file():
-                shutil.copy(source.path / name, folder / name)
+        if _is_main():
+            shutil.copyfile(source.path / "config.json", folder / "config.json")
+            copy_beside(source.path, folder)
         if _is_main() and source.growth is not None:
             config = read_hf_config(folder) | {"vocab_size": source.growth.rows}
             (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_tokenizer(folder, tokenizer)
 
     contents = Contents(step=0, training=training, common={}, write_model=copy_config)
-    target.mkdir(parents=True, exist_ok=True)
     saver.save(Trainable(chunks, None, source.layout, partial=tuner is not None), contents)
 
 
 def _check_target(target: Path, *, exist_ok: bool) -> None:
-    if target.is_dir() and any(target.iterdir()) and not exist_ok:
+    from mcore_core.train.folders import writable  # noqa: PLC0415  (imports the parts of a run)
+
+    with writable(target, "--save"):
+        target.mkdir(parents=True, exist_ok=True)
+        filled = any(target.iterdir())
+    if filled and not exist_ok:
         raise usage_error(
             "MC518",
             f"--save {target} is not empty",

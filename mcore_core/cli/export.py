@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from mcore_core.cli.prepare import Request, Session, compose_request, open_session, read_request
 from mcore_core.cli.prepared import PreparedExport
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     session = open_session([ExportConfig])
     request = read_request(session, argv)
     if request.arguments.help:
-        options = collect_options(session.groups).values()
+        options = [o for o in collect_options(session.groups).values() if not o.group.training]
         sys.stdout.write(USAGE + render_options(options, session.defaults))
         return 0
     prepared = _prepare(session, request, argv)
@@ -59,7 +59,8 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
     refusals = session.refusals
     session.manager.keep(session.active)
     size = world_size(config, os.environ)
-    problems = [*_check(config), *check_refused(config, refusals)]
+    given = request.arguments.values
+    problems = [*_about_training(session, given), *_check(config), *check_refused(config, refusals)]
     problems += [p for p in check_layout(config, size) if p.code not in {"MC602", "MC605"}]
     if problems:
         raise UsageError(problems)
@@ -70,6 +71,15 @@ def _prepare(session: Session, request: Request, argv: Sequence[str]) -> Prepare
         names=request.names,
         argv=tuple(argv),
     )
+
+
+def _about_training(session: Session, given: Iterable[str]) -> Iterator[Problem]:
+    """Name the flags that an export has no use for; in files of options they may stand."""
+    options = collect_options(session.groups)
+    for name in given:
+        if name in options and options[name].group.training:
+            why = f"--{name} says how to train, and an export does not"
+            yield Problem("MC321", why, ["fix: leave it out"])
 
 
 def _check(config: RunConfig) -> Iterator[Problem]:
@@ -84,23 +94,12 @@ def _check(config: RunConfig) -> Iterator[Problem]:
         return
     way = "--to_hf" if export.to_hf else "--to_mcore"
     sources = ("load", "model") if export.to_hf else ("model",)
-    if all(config.get(name) is None for name in sources):
+    if all(config.get(name) is None for name in sources) and not config.get("adapters"):
         either = " or ".join(f"--{name}" for name in sources)
         yield Problem("MC323", f"{way} needs {either}", [f"fix: --{sources[0]} FOLDER"])
     if config.get("save") is None:
         yield Problem("MC323", f"{way} needs --save", ["fix: --save FOLDER"])
-    if config.get("adapters") and config.get("model") is None:
-        yield Problem(
-            "MC323",
-            "--adapters needs the model that the adapter was trained on",
-            ["fix: --model FOLDER"],
-        )
-    if config.get("adapters") and export.to_hf and config.get("load") is not None:
-        yield Problem(
-            "MC320",
-            "--adapters and --load both say what is exported",
-            ["fix: keep one of them; --load takes a checkpoint of a LoRA run, too"],
-        )
+    yield from _about_adapters(config)
     if export.to_mcore and config.get("load") is not None:
         yield Problem(
             "MC320",
@@ -132,3 +131,25 @@ def _check(config: RunConfig) -> Iterator[Problem]:
                 f"--{name} does nothing without --test_convert_precision",
                 [f"fix: add --test_convert_precision, or leave out --{name}"],
             )
+
+
+def _about_adapters(config: RunConfig) -> Iterator[Problem]:
+    adapters, export = config.get("adapters"), config[ExportConfig]
+    if adapters and config.get("model") is None:
+        yield Problem(
+            "MC323",
+            "--adapters needs the model that the adapter was trained on",
+            ["fix: --model FOLDER"],
+        )
+    if config.get("merge_lora") and not adapters and config.get("load") is None:
+        yield Problem(
+            "MC321",
+            "--merge_lora does nothing without an adapter",
+            ["fix: add --adapters FOLDER, or --load with a LoRA run, or leave it out"],
+        )
+    if adapters and export.to_hf and config.get("load") is not None:
+        yield Problem(
+            "MC320",
+            "--adapters and --load both say what is exported",
+            ["fix: keep one of them; --load takes a checkpoint of a LoRA run, too"],
+        )

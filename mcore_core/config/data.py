@@ -11,6 +11,7 @@ class DataConfig(ConfigGroup):
     """Which rows train and which validate."""
 
     title: ClassVar[str] = "Data"
+    training: ClassVar[bool] = True
 
     dataset: list[str] = Field(default_factory=list)
     """Training data, one or several: a jsonl, json, csv or parquet file, a folder saved by

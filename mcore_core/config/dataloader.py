@@ -11,6 +11,7 @@ class DataLoaderConfig(ConfigGroup):
     """How samples are packed, shuffled, grouped and handed to the model."""
 
     title: ClassVar[str] = "Training"
+    training: ClassVar[bool] = True
 
     packing: bool = False
     """Join short samples into rows of up to packing_length tokens, none of them cut."""

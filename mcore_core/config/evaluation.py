@@ -11,6 +11,7 @@ class EvaluationConfig(ConfigGroup):
     """When the model is evaluated, and on how much."""
 
     title: ClassVar[str] = "Evaluation"
+    training: ClassVar[bool] = True
 
     eval_iters: int = Field(-1, ge=-1)
     """Global batches in one evaluation; -1: all validation data, 0: no evaluation."""

@@ -25,6 +25,8 @@ class ConfigGroup(BaseModel):
         protected_namespaces=(),
     )
     title: ClassVar[str] = ""
+    training: ClassVar[bool] = False
+    """Where true, the options say nothing about an export, which refuses them as flags."""
     sparse: ClassVar[bool] = False
     """Where true, an option that nobody gave means "as the checkpoint says", whatever its default:
     it is left out of a dumped config, so that loading the dump does not turn it into a demand."""

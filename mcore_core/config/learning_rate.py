@@ -14,6 +14,7 @@ class LearningRateConfig(ConfigGroup):
     """The learning rate over the run."""
 
     title: ClassVar[str] = "Learning Rate"
+    training: ClassVar[bool] = True
 
     lr: float | None = Field(None, gt=0, le=LARGEST_LR)
     """Peak learning rate. none: 1e-5 when all weights train, 1e-4 for LoRA."""

@@ -11,6 +11,7 @@ class LoggingConfig(ConfigGroup):
     """What is reported, where, and how often."""
 
     title: ClassVar[str] = "Logging"
+    training: ClassVar[bool] = True
 
     report_to: list[str] = Field(default_factory=list)
     """Reporters beside the console, metrics.jsonl and TensorBoard, by name: wandb, swanlab or a

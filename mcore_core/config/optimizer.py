@@ -11,6 +11,7 @@ class OptimizerConfig(ConfigGroup):
     """The optimizer."""
 
     title: ClassVar[str] = "Training"
+    training: ClassVar[bool] = True
 
     optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = "adam"
     """adam is AdamW. muon orthogonalizes the updates of matrices and leaves the rest (embeddings,

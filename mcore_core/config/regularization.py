@@ -11,6 +11,7 @@ class RegularizationConfig(ConfigGroup):
     """Weight decay, gradient clipping and the optimizer's coefficients."""
 
     title: ClassVar[str] = "Regularization"
+    training: ClassVar[bool] = True
 
     weight_decay: float = Field(0.1, ge=0)
     """Part of each weight removed a step, times the learning rate; biases and norms are spared."""

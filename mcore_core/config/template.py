@@ -14,6 +14,7 @@ class TemplateConfig(ConfigGroup):
     """How a row becomes tokens, and which of them train."""
 
     title: ClassVar[str] = "Template"
+    training: ClassVar[bool] = True
 
     system: str | None = None
     """System message for rows without one: the text, or the path of a .txt file."""

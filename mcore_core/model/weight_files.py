@@ -1,6 +1,7 @@
 """Which files hold a checkpoint's weights, and what their headers say; torch-free and quick."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,29 @@ from mcore_core.errors import Problem, UsageError, usage_error
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates",
+    "*.tiktoken",
+    "*.py",
+)
+"""What is copied with a model beside config.json and weights, as patterns."""
 AGAIN = "fix: copy or download the file again from where the model came from"
+
+
+def copy_beside(source: Path, path: Path) -> None:
+    """Copy what goes with a model's weights, config.json aside. Raises OSError."""
+    for found in sorted({f for pattern in COMPANIONS for f in source.glob(pattern)}):
+        if found.is_dir():
+            shutil.copytree(found, path / found.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(found, path / found.name)
 
 
 def check_weights(folder: Path) -> list[Problem]:

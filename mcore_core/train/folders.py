@@ -47,14 +47,14 @@ def _new(config: "RunConfig") -> Path:
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing a run folder's first files into a message."""
+def writable(folder: Path, what: str = "the run folder") -> Iterator[None]:
+    """Turn what goes wrong in writing a folder's first files into a message."""
     try:
         yield
     except OSError as error:
         raise usage_error(
             "MC708",
-            f"the run folder {folder} cannot be written: {error.strerror or error}",
+            f"{what} {folder} cannot be written: {error.strerror or error}",
             "fix: --save with a folder of your own, on a disk with room",
         ) from error
 

@@ -35,9 +35,17 @@ if TYPE_CHECKING:
 LENGTHS = (5, 40, 211)
 """Tokens of the sequences of the test row."""
 EMBEDDING, NORM, LOGITS = "embedding", "final norm", "logits"
+_CLASSES = {
+    "lm": "AutoModelForCausalLM",
+    "scores": "AutoModelForSequenceClassification",
+    "none": "AutoModel",
+}
+"""What opens a model in transformers, by its head."""
 
 type Found = dict[str, Tensor]
-"""Name of a place in the model -> what came out there, [T, H] or, for the logits, [T, V]."""
+"""Name of a place in the model -> what came out there, [T, H] or, for the logits, [T, V].
+
+The logits of a classifier are its scores."""
 
 
 @dataclass(slots=True)
@@ -102,7 +110,8 @@ def measure(
     name, trouble = "", None
     if dist.get_rank() == 0:
         try:
-            name, theirs = _transformers(folder, batch, device_map or {"": str(device)}, dtype)
+            where = device_map or {"": str(device)}
+            name, theirs = _transformers(folder, batch, where, dtype, plan.architecture.head)
         except Exception as error:  # whatever a model's own code raises: the others wait
             trouble = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     box = [trouble]
@@ -144,16 +153,16 @@ def _transformers(
     batch: Batch,
     device_map: Any,  # noqa: ANN401
     dtype: str,
+    head: str,
 ) -> tuple[str, Found]:
     """Return the class of transformers' model, and what it computes for the row."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import)
+    import transformers  # noqa: PLC0415  (slow to import)
     from transformers.utils import logging  # noqa: PLC0415
 
     quiet: Any = logging
     quiet.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], device_map=device_map
-    )
+    opens: Any = getattr(transformers, _CLASSES[head])
+    model: Any = opens.from_pretrained(folder, dtype=DTYPES[dtype], device_map=device_map)
     model.eval()
     tokens_T: Any = batch.tokens_T
     where = model.get_input_embeddings().weight.device
@@ -164,9 +173,9 @@ def _transformers(
         tensor = value[0] if isinstance(value, tuple) else value
         found.setdefault(name, []).append(tensor[0].float().cpu())
 
-    with torch.no_grad(), _watching(layers, keep), _watching_input(model, keep):
+    with torch.no_grad(), _watching(layers, keep), _watching_head(model, head, keep):
         for tokens in tokens_T.split(list(batch.lengths)):
-            keep(LOGITS, model(tokens.unsqueeze(0).to(where), use_cache=False).logits)
+            model(tokens.unsqueeze(0).to(where), use_cache=False)
     return type(model).__name__, {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -203,14 +212,24 @@ def _watching(
 
 
 @contextmanager
-def _watching_input(model: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:  # noqa: ANN401
-    """Tell `keep` what enters the head of a model of transformers."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: keep(NORM, args[0]))
+def _watching_head(model: Any, head: str, keep: Callable[[str, Any], None]) -> Iterator[None]:  # noqa: ANN401
+    """Tell `keep` what enters the head of a model of transformers, and what comes out of it."""
+    handles = []
+    if head == "none":
+        after = model.register_forward_hook(lambda _m, _a, out: keep(NORM, out.last_hidden_state))
+        handles.append(after)
+    else:
+        module = model.score if head == "scores" else model.get_output_embeddings()
+        handles.append(module.register_forward_pre_hook(lambda _, args: keep(NORM, args[0])))
+    if head == "scores":  # the model returns those of a sequence's last token only
+        handles.append(module.register_forward_hook(lambda _m, _a, out: keep(LOGITS, out)))
+    elif head == "lm":  # the model may change them after its head
+        handles.append(model.register_forward_hook(lambda _m, _a, out: keep(LOGITS, out.logits)))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _ours(
@@ -280,10 +299,13 @@ def _forward(
         keep(NORM, hidden)
         if plan.layout.sp:
             hidden = gather_from_sequence_parallel_region(hidden, False)
-        vocab = vocab_range(plan)
-        logits = hidden.squeeze(1) @ bare.head_weight()[: vocab.rows].T
-        part.logits_TV = logits.float().cpu()
-        part.vocab_start = vocab.start
+        if plan.architecture.head == "scores":
+            part.logits_TV = (hidden.squeeze(1) @ bare.score.weight.T).float().cpu()
+        elif plan.architecture.head == "lm":
+            vocab = vocab_range(plan)
+            logits = hidden.squeeze(1) @ bare.head_weight()[: vocab.rows].T
+            part.logits_TV = logits.float().cpu()
+            part.vocab_start = vocab.start
         return hidden.new_zeros(()).float(), torch.ones((), dtype=torch.int), {}
 
     return hidden, finish
@@ -294,7 +316,9 @@ def _joined(parts: Sequence[tuple[_Part, _Part]], plan: "ModelPlan", tokens: int
     shape = plan.architecture
     names = [EMBEDDING, *(layer_name(i) for i in range(shape.num_layers)), NORM]
     whole = {name: torch.full((tokens, shape.hidden_size), torch.nan) for name in names}
-    whole[LOGITS] = torch.full((tokens, shape.vocab_size), torch.nan)
+    if shape.head != "none":
+        width = shape.scores if shape.head == "scores" else shape.vocab_size
+        whole[LOGITS] = torch.full((tokens, width), torch.nan)
     for hidden, head in parts:
         for name, values in hidden.hidden.items():
             kept = hidden.index_T >= 0

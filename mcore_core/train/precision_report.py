@@ -38,10 +38,10 @@ class PrecisionReport:
     layout: str
     rows: Sequence[Difference]
     """In the order of the model: embedding, layers, final norm, logits."""
-    spread: float
-    """Standard deviation of the reference's logits."""
-    agreement: float
-    """Share of tokens for which both models find the same next token most likely."""
+    spread: float | None
+    """Standard deviation of the reference's logits; None for a model without any."""
+    agreement: float | None
+    """Share of tokens for which both models find the same token or label most likely."""
 
     @property
     def tolerance(self) -> float:
@@ -71,20 +71,20 @@ class PrecisionReport:
             lines.append(
                 f"  {row.name:12}{row.largest:10.1e}{row.mean:10.1e}{row.relative:10.1e}{mark}"
             )
-        logits = self.row(LOGITS)
-        agreed = round(self.agreement * tokens)
+        if self.spread is not None and self.agreement is not None:
+            logits = self.row(LOGITS)
+            agreed = round(self.agreement * tokens)
+            lines += [
+                f"  logits: largest difference {logits.largest:.2e}, mean {logits.mean:.2e}, "
+                f"of a standard deviation of {self.spread:.3g}",
+                f"  top-1 agreement: {self.agreement:.2%} ({agreed} of {tokens} tokens)",
+            ]
         verdict = (
             f"every place is within {self.tolerance:.0e} of the reference"
             if self.first_over is None
             else f"from {self.first_over} on they differ by more than {self.tolerance:.0e}"
         )
-        lines += [
-            f"  logits: largest difference {logits.largest:.2e}, mean {logits.mean:.2e}, "
-            f"of a standard deviation of {self.spread:.3g}",
-            f"  top-1 agreement: {self.agreement:.2%} ({agreed} of {tokens} tokens)",
-            f"  {verdict}",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  {verdict}"])
 
 
 def compare(
@@ -97,16 +97,19 @@ def compare(
     layout: str,
 ) -> PrecisionReport:
     """Compare activations, each [T, H], by the name of their place."""
-    logits_TV, reference_TV = ours[LOGITS], theirs[LOGITS][:, : ours[LOGITS].shape[1]]
-    agreed_T = logits_TV.argmax(1) == reference_TV.argmax(1)
+    spread = agreement = None
+    if LOGITS in ours:
+        logits_TV, reference_TV = ours[LOGITS], theirs[LOGITS][:, : ours[LOGITS].shape[1]]
+        agreed_T = logits_TV.argmax(1) == reference_TV.argmax(1)
+        spread, agreement = float(reference_TV.std()), float(agreed_T.float().mean())
     return PrecisionReport(
         model=model,
         dtype=dtype,
         lengths=lengths,
         layout=layout,
         rows=[_difference(name, ours[name], theirs[name]) for name in ours],
-        spread=float(reference_TV.std()),
-        agreement=float(agreed_T.float().mean()),
+        spread=spread,
+        agreement=agreement,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import losses, metrics
 from safetensors.torch import load_file
+from test_bad_input import refused
 from test_kill import moves, same, training_state
 
 WEIGHTS = "adapter_model.safetensors"
@@ -178,6 +179,25 @@ def test_export_to_mcore_and_back(mcore, trained, model, tmp_path):
     mine = load_file(tmp_path / "back/model.safetensors")
     beside = load_file(trained / "checkpoint-6-merged/model.safetensors")
     assert all(torch.equal(mine[name], beside[name]) for name in beside)
+
+
+def test_export_of_a_model_to_mcore_and_back(mcore, model, tmp_path):
+    """With what lies beside the weights; and where the folders were mixed up."""
+    state, back = tmp_path / "state", tmp_path / "back"
+    ran = mcore("export", "--to_mcore", "--model", model, "--save", state)
+    assert ran.code == 0, ran.err
+    ran = mcore("export", "--to_hf", "--load", state, "--save", back)
+    assert ran.code == 0, ran.err
+    assert {p.name for p in back.iterdir()} == {p.name for p in model.iterdir()}
+    assert (back / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    ran = mcore("export", "--to_hf", "--load", model, "--save", tmp_path / "none")
+    refused(
+        ran,
+        f"error[MC702]: --load {model} holds a model, and no checkpoint of a run",
+        f"fix: --model {model}, which takes Hugging Face models",
+    )
+    ran = mcore("export", "--to_hf", "--model", model, "--save", "/proc/none")
+    refused(ran, "error[MC708]: --save /proc/none cannot be written: ")
 
 
 def test_an_adapter_is_exported_alone(mcore, trained, model, tmp_path):

@@ -154,3 +154,36 @@ def test_what_cannot_be_compared(mcore, model, model_copy, tmp_path):
         ran, "error[MC545]: transformers cannot run ", "fix: leave out --test_convert_precision"
     )
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+HEADS = {
+    "scores": ("AutoModelForSequenceClassification", "Qwen3ForSequenceClassification"),
+    "none": ("AutoModel", "Qwen3Model"),
+}
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads(mcore, model, tmp_path, head, layout):
+    """A classifier's scores of every token, and the states of a model without a head."""
+    import transformers
+
+    opens, name = HEADS[head]
+    labels = {"num_labels": 3} if head == "scores" else {}
+    given = getattr(transformers, opens).from_pretrained(model, **labels)
+    given.save_pretrained(tmp_path / "in")
+    command = ["export", "--to_hf", "--model", tmp_path / "in", "--save", tmp_path / "out"]
+    command += ["--test_convert_precision"]
+    if layout == "one":
+        ran = mcore(*command)
+    else:
+        ran = mcore.ranks(2, *command, "--tensor_model_parallel_size", 2)
+    assert ran.code == 0, ran.err
+    assert f"against transformers' {name}, 256 tokens" in ran.out
+    found = rows(ran.out)
+    assert list(found) == (PLACES if head == "scores" else PLACES[:-1])
+    assert max(r[2] for r in found.values()) < 1e-4
+    assert ("top-1 agreement: 100.00% (256 of 256 tokens)" in ran.out) == (head == "scores")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)

@@ -210,6 +210,16 @@ def test_parse_problems(argv: list[str], text: str) -> None:
             "  fix: add --test_convert_precision, or leave out --test_convert_dtype\n",
         ),
         (
+            ["export", "--to_hf", "--save", "x", "--adapters", "y", "--lr", "1e-3"],
+            "error[MC321]: --lr says how to train, and an export does not\n  fix: leave it out\n"
+            "error[MC323]: --adapters needs the model that the adapter was trained on\n"
+            "  fix: --model FOLDER\n",
+        ),
+        (
+            ["export", "--to_hf", "--model", ".", "--save", "x", "--merge_lora", "true"],
+            "error[MC321]: --merge_lora does nothing without an adapter\n",
+        ),
+        (
             ["args", "--plugins", "sft"],
             "error[MC002]: unexpected argument '--plugins'\n"
             "  fix: mcore args takes --plugin NAME, --json\n",

@@ -13,7 +13,7 @@ import torch
 
 from mcore_core.errors import Problem, UsageError
 from mcore_core.model.resolve import read_hf_config
-from mcore_core.model.weight_files import INDEX, SINGLE
+from mcore_core.model.weight_files import INDEX, SINGLE, copy_beside
 from mcore_hfbridge.export import assemble, bytes_of, dtype_of, pack, split
 from mcore_hfbridge.ranks import agree
 from mcore_hfbridge.writer import Entry, Writer, file_order
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 
 BUCKET = 16 * 2**20
 """Bytes gathered at once: little enough that their memory is used again, and that caches help."""
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates",
-    "*.tiktoken",
-    "*.py",
-)
-"""What is copied from the source folder beside config.json, as patterns."""
 
 
 def save(
@@ -203,11 +190,7 @@ def copy_companions(
     _write_json(path / "config.json", config | dict.fromkeys(keys, dtype) | dict(changes or {}))
     if source.resolve() == path.resolve():
         return
-    for found in sorted({f for pattern in COMPANIONS for f in source.glob(pattern)}):
-        if found.is_dir():
-            shutil.copytree(found, path / found.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(found, path / found.name)
+    copy_beside(source, path)
 
 
 def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401

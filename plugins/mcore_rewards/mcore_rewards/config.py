@@ -11,6 +11,7 @@ class RewardsConfig(ConfigGroup):
     """Constants of cosine, repetition and soft_overlong."""
 
     title: ClassVar[str] = "Rewards"
+    training: ClassVar[bool] = True
 
     cosine_min_len_value_wrong: float = -0.5
     """cosine: reward of a wrong completion of no length."""
