@@ -26,13 +26,26 @@ def test_layouts_are_those_of_the_tests():
         assert (models_doc.example(family).moe is not None) == case.moe, case.family
 
 
-def test_missing_families_are_missing_and_known_to_transformers():
+def test_every_family_of_transformers_is_here_or_said_to_be_missing():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = [name for names in MISSING.values() for name in names]
     assert len(named) == len(set(named))
     assert not set(named) & set(FAMILIES)
-    assert set(named) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(named) <= known
+    assert known - set(named) - set(FAMILIES) == set()
+    own = {"kimi_k2", "internlm3", "mimo"}  # with code of their makers
+    assert set(FAMILIES) - known <= own
+
+
+def test_the_families_that_users_ask_for_are_here():
+    asked = (
+        "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next deepseek_v2 deepseek_v3 "
+        "kimi_k2 glm4 glm4_moe gpt_oss minimax_m2 ernie4_5 ernie4_5_moe olmoe internlm3 mimo "
+        "gemma3_text phi3"
+    )
+    assert set(asked.split()) <= set(FAMILIES)
 
 
 def test_families_are_short():
