@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mcore_core.model.family import Shape
 
 MXFP4 = "MXFP4"
+PREFIX = "model."
+"""Of all tensors of a model but those of its head."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that can be read as they are."""
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, MXFP4: 4}
@@ -39,6 +41,8 @@ class HFTensor:
     shape: "Shape"
     scale: str = ""
     """Name of its block scales, where it is fp8 or mxfp4."""
+    stored: str = ""
+    """Its name in the file, where that is another."""
 
 
 @dataclass(slots=True)
@@ -84,6 +88,7 @@ class HFFiles:
         problems += [] if problems else _check_index(folder, listed, tensors)
         if problems:
             raise UsageError(problems)
+        tensors = _with_prefix(tensors)
         scaled = {
             name: replace(tensor, scale=name + SCALE)
             for name, tensor in tensors.items()
@@ -113,16 +118,26 @@ class HFFiles:
         return dequantized(box, slices, self.block, partial(self._read, scale)) if scale else box
 
     def _read(self, name: str, slices: tuple[slice, ...]) -> "Tensor":
-        file = self.tensors[name].file
+        file, stored = self.tensors[name].file, self.tensors[name].stored or name
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-            box: Tensor = self._open[file].get_slice(name)[slices]
+            box: Tensor = self._open[file].get_slice(stored)[slices]
         except (SafetensorError, OSError) as error:
             raise usage_error(
                 "MC522", f"{self.folder / file} cannot be read at {name!r}: {error}", AGAIN
             ) from error
         return box
+
+
+def _with_prefix(tensors: dict[str, HFTensor]) -> dict[str, HFTensor]:
+    """Return the tensors as a language model names them: a bare one is saved without `model.`."""
+    if "embed_tokens.weight" not in tensors or any(n.startswith(PREFIX) for n in tensors):
+        return tensors
+    return {
+        PREFIX + name: replace(tensor, name=PREFIX + name, stored=name)
+        for name, tensor in tensors.items()
+    }
 
 
 def _packed(tensors: Mapping[str, HFTensor]) -> dict[str, HFTensor]:
