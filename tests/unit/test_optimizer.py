@@ -12,6 +12,7 @@ compat.apply()  # before anything imports megatron
 import torch  # noqa: E402
 
 from mcore_core.config.kernel import kernel_config  # noqa: E402
+from mcore_core.config.settle import settle  # noqa: E402
 from mcore_core.platform.cpu_adam import FusedAdam  # noqa: E402
 from mcore_core.train.optimizer import (  # noqa: E402
     FULL_LR,
@@ -19,6 +20,15 @@ from mcore_core.train.optimizer import (  # noqa: E402
     peak_lr,
     uses_distributed_optimizer,
 )
+
+
+def test_learning_rates_that_nobody_gave():
+    """LoRA's is ten times that of all weights, also where --adapters made it a LoRA run."""
+    adapted, _ = settle(kernel_config(adapters=["folder"]))
+    rates = [peak_lr(kernel_config()), peak_lr(kernel_config(tuner_type="lora")), peak_lr(adapted)]
+    assert rates == [1e-5, 1e-4, 1e-4]
+    assert peak_lr(kernel_config(tuner_type="lora", lr=3e-5)) == 3e-5
+
 
 OPTIONS = [
     {},
