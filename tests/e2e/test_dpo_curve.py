@@ -1,39 +1,38 @@
-"""DPO with LoRA on SmolLM2-135M, in the folder that MCORE_SMOLLM2 names, against TRL's curve."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""DPO with LoRA on SmolLM2-135M, in the folder that MCORE_SMOLLM2 names, against TRL's curves."""
 
 import pytest
+from curve_runs import MODEL, recorded, trained
 
-FOLDER = os.environ.get("MCORE_SMOLLM2")
-BENCH = Path(__file__).parents[2] / "bench" / "curves.py"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(FOLDER is None, reason="MCORE_SMOLLM2 names no model folder"),
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(MODEL is None, reason="MCORE_SMOLLM2 names no model folder"),
 ]
+PAIR = 1 / 64
+"""What one pair that is held out counts."""
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory):
-    """Thirty steps of three seeds on either side."""
-    file = tmp_path_factory.mktemp("curves") / "dpo.json"
-    command = [sys.executable, BENCH, "--task", "dpo", "--model", FOLDER, "--out", file]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(file.read_text(encoding="utf-8"))
+def run(tmp_path_factory):
+    return trained("dpo", tmp_path_factory.mktemp("dpo"))
 
 
-def test_accuracies_rise(curves):
-    for run in curves["ours"]:
-        assert len(run["accuracies"]) == 30
-        assert run["held_out"]["30"] > 0.8
+def test_accuracies_rise(run):
+    assert len(run["accuracies"]) == 30
+    assert run["held_out"]["30"] > 0.8
 
 
-def test_the_last_ten_steps_lie_among_trls(curves):
-    """Our mean over seeds, between the lowest and the highest of TRL's three."""
+def test_the_curve_is_trls(run):
+    """The same rows in the same order from the same adapter: what differs is rounding."""
+    theirs = recorded("dpo")["trl"][0]
+    assert run["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
+    for step, accuracy in theirs["held_out"].items():
+        assert run["held_out"][step] == pytest.approx(accuracy, abs=PAIR + 1e-9), step
+
+
+def test_the_recorded_mean_of_three_seeds_lies_among_trls():
+    curves = recorded("dpo")
     low, high = curves["trl_range"]
-    assert low <= curves["ours_mean"] <= high, curves["last_ten"]
+    assert low <= curves["ours_mean"] <= high
+    for mine, theirs in zip(curves["ours"], curves["trl"], strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], abs=2e-3)

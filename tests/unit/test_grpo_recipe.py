@@ -58,6 +58,25 @@ def test_a_resume_between_two_steps_repeats_the_rest_exactly(tmp_path, after):
                 np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+@pytest.mark.parametrize(("given", "copies", "wanted"), [(2, 2, 4), (None, 4, 2), (16, 16, 1)])
+def test_evaluations_have_a_number_of_completions_of_their_own(tmp_path, given, copies, wanted):
+    """A global batch of them, of fewer or more prompts; training keeps num_generations."""
+    made = recipe(tmp_path, num_generations_eval=given, global_batch_size=8)
+    assert (made.rounds.prompts, made.rounds.eval_prompts) == (2, max(1, wanted))
+    run = Run(Engine())
+    run.training = False
+    (units,) = steps(made, prompts(wanted), run)
+    assert len(units) == wanted * copies
+    asked = [tuple(u["input_ids"][:2].tolist()) for u in units]
+    assert all(asked.count(prompt) == copies for prompt in set(asked))
+    for prompt in set(asked):  # compared with those of the same prompt
+        group = [u["advantage"] for u, p in zip(units, asked, strict=True) if p == prompt]
+        assert sum(group) == pytest.approx(0, abs=1e-9)
+    run = Run(Engine())
+    (units,) = steps(made, prompts(2), run)
+    assert len(units) == 8
+
+
 def test_nothing_is_left_after_the_last_step(tmp_path):
     made = recipe(tmp_path)
     steps(made, prompts(1), Run(Engine()))

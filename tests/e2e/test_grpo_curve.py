@@ -1,0 +1,28 @@
+"""GRPO with LoRA on SmolLM2-135M, in the folder that MCORE_SMOLLM2 names, against TRL's curves."""
+
+from statistics import fmean
+
+import pytest
+from curve_runs import MODEL, recorded, trained
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(MODEL is None, reason="MCORE_SMOLLM2 names no model folder"),
+]
+
+
+def test_the_reward_rises_as_trls_does(tmp_path):
+    """One seed scatters by more than TRL's three lie apart, upwards too: it has to reach them."""
+    rewards = trained("grpo", tmp_path)["rewards"]
+    assert len(rewards) == 40
+    assert fmean(rewards[-10:]) > fmean(rewards[:10]) + 0.2
+    low, _ = recorded("grpo")["trl_range"]
+    assert fmean(rewards[-10:]) >= low
+
+
+def test_the_recorded_mean_of_three_seeds_lies_among_trls():
+    curves = recorded("grpo")
+    ends = {side: [fmean(r["rewards"][-10:]) for r in curves[side]] for side in ("ours", "trl")}
+    assert len(ends["ours"]) == len(ends["trl"]) == 3
+    assert min(ends["trl"]) <= fmean(ends["ours"]) <= max(ends["trl"])
