@@ -125,6 +125,24 @@ def test_the_ratio_of_lora_without_adapters_is_one():
     assert result.metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_scores_know_no_dropout():
+    """Those of a policy that trains with dropout are those of one without, to the bit."""
+
+    def scored(dropout):
+        def first(_):
+            case = preference_case("dpo", **{**LORA, "lora_dropout": dropout})
+            units = [unit for micro in case.steps[0] for unit in micro]
+            session = Session(case, LAYOUTS["one"])
+            return [logps for logps, _ in session.models.score("policy", units)]
+
+        (found,) = fork_ranks(first, 1)
+        return found
+
+    for with_dropout, without in zip(scored(0.5), scored(0.0), strict=True):
+        assert (with_dropout == without).all()
+        assert with_dropout.any()
+
+
 def test_the_estimate_of_lora_sees_the_adapters():
     """kto's scores of the policy are those that it trains on; the reference's are others."""
     options = {**LORA, "lora_dropout": 0.0, "desirable_weight": 1.0}
