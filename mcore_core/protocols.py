@@ -219,6 +219,8 @@ class FrozenModel:
     """Its vocabulary may differ from the policy's."""
     offload: bool = False
     """Its weights lie in host memory while it is not used."""
+    moves: bool = False
+    """The recipe blends it with the policy (StepRun.blend): checkpoints hold its weights."""
 
 
 class Recipe[B: Batch](Protocol):

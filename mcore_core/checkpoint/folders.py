@@ -19,6 +19,8 @@ STATE = "mcore"
 TRAINING = "training.json"
 DIVIDED = "distributed_optimizer"
 """Key in training.json: whether the state is that of megatron's distributed optimizer."""
+MOVED = "moved_models"
+"""Key in training.json: models beside the policy whose weights are in the state."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _PARTIAL = ".partial-checkpoint-"
 _DOOMED = ".deleting-checkpoint-"

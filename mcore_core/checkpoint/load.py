@@ -1,7 +1,7 @@
 """Load a checkpoint into a model and an optimizer, in any layout."""
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -12,11 +12,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mcore_core.checkpoint.folders import DIVIDED, Checkpoint
+from mcore_core.checkpoint.folders import DIVIDED, MOVED, Checkpoint
 from mcore_core.checkpoint.state import (
     Trainable,
     chunk_key,
     divides_state,
+    moved_key,
     set_rng_state,
     sharded_state,
     trained,
@@ -60,6 +61,8 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
         and checkpoint.training.get("layout") == str(run.layout)
         and checkpoint.training.get("world") == run.layout.world
     )
+    known = () if options.finetune else checkpoint.training.get(MOVED, ())
+    run = replace(run, moved={name: run.moved[name] for name in run.moved if name in known})
     request = sharded_state(run, optimizer=wants_optimizer, rng=wants_rng, loading=True)
     try:
         state = dist_checkpointing.load(request, str(checkpoint.state), _strategy(options))
@@ -73,6 +76,9 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
     for i, chunk in enumerate(run.chunks):
         needed = trained(chunk) if run.partial else None
         _fill(unwrap(chunk), state[chunk_key(i, run.chunks)], checkpoint, needed)
+    for name, chunks in run.moved.items():
+        for i, chunk in enumerate(chunks):
+            _fill(unwrap(chunk), state[moved_key(name, i)], checkpoint, None)
     if wants_optimizer:
         run.optimizer.load_state_dict(state["optimizer"])
     elif run.optimizer is not None:

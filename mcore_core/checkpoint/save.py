@@ -91,8 +91,11 @@ class Saver:
                 contents.write_model(partial_dir)
             request = self._write_state(run, contents, partial_dir / folders.STATE)
         self.last_step = contents.step
-        divided = {folders.DIVIDED: divides_state(run.optimizer)}
-        contents = replace(contents, training={**divided, **contents.training})
+        facts = {
+            folders.DIVIDED: divides_state(run.optimizer),
+            folders.MOVED: sorted(run.moved),
+        }
+        contents = replace(contents, training={**facts, **contents.training})
         complete = partial(self._complete, contents, partial_dir, begin)
         if request is None:
             complete()

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mcore_core.model.names import unwrap
@@ -26,6 +27,8 @@ class Trainable:
     layout: "Layout"
     partial: bool = False
     """Only what trains is in a checkpoint."""
+    moved: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Chunks of the models beside the policy whose weights change during the run, by name."""
 
 
 def metadata() -> dict[str, Any]:
@@ -79,9 +82,20 @@ def sharded_state(
         state["optimizer"] = run.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=meta
         )
+    for name, chunks in run.moved.items():
+        for i, chunk in enumerate(chunks):
+            weights = unwrap(chunk).sharded_state_dict(metadata=meta)
+            whole = {k: v for k, v in weights.items() if not k.endswith("_extra_state")}
+            add_prefix_for_sharding(whole, f"{moved_key(name, i)}.")
+            state[moved_key(name, i)] = whole
     if rng:
         state["rng"] = _rng_object(run.layout)
     return state
+
+
+def moved_key(name: str, index: int) -> str:
+    """Return the key of the weights of a chunk of a model beside the policy."""
+    return f"beside.{name}.{index}"
 
 
 def divides_state(optimizer: Any) -> bool:  # noqa: ANN401

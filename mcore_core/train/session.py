@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -85,7 +85,13 @@ class Session:
     def trainable(self) -> Trainable:
         """What checkpoints are made of."""
         stepper, partial = self.stepper, self.tuner.partial
-        return Trainable(stepper.chunks, stepper.optimizer, self.run.layout, partial)
+        moved = moving(self.recipe, self.models.frozen)
+        return Trainable(stepper.chunks, stepper.optimizer, self.run.layout, partial, moved)
+
+
+def moving(recipe: "Recipe[Any]", frozen: "Mapping[str, ScoredModel]") -> dict[str, Any]:
+    """Return the chunks of the models beside the policy that the recipe moves, by name."""
+    return {name: frozen[name].chunks for name, m in recipe.frozen.items() if m.moves}
 
 
 def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform") -> Session:
@@ -199,7 +205,8 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         stepper.guide = Guide(frozen[recipe.head.divergence.model], recipe, plan)
     if resume is not None:
         check_same_tuner(resume, tuner)
-        state = Trainable(chunks, optimizer, run.layout, tuner.partial)
+        moved = moving(recipe, frozen)
+        state = Trainable(chunks, optimizer, run.layout, tuner.partial, moved)
         loaded = load(state, resume, config[CheckpointConfig])
         if not config[CheckpointConfig].finetune:
             run.step = resume.step

@@ -5,6 +5,7 @@ N completions of a round, P tokens of a prompt, L of a completion.
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -57,7 +58,9 @@ class GRPORecipe:
         self.token_local = self.constants.token_local
         self.predicts_ahead = False
         self.frozen: dict[str, FrozenModel] = (
-            {REFERENCE: reference_model(config)} if options.beta > 0 else {}
+            {REFERENCE: replace(reference_model(config), moves=options.sync_ref_model)}
+            if options.beta > 0
+            else {}
         )
         self.engine = config[RolloutConfig].engine
         self.generated = options.generated(train.global_batch_size)
