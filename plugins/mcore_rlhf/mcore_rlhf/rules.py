@@ -63,27 +63,13 @@ def check_reference(config: RunConfig, *, used: bool, why: str = "") -> Iterator
 
 
 def _check_adapters(folders: list[str]) -> Iterator[Problem]:
-    """Look into the folders of --ref_adapters."""
+    """Yield a problem of --ref_adapters; whether a folder holds adapters is looked at later."""
     if len(folders) > 1:
         yield Problem(
             "MC553",
             f"--ref_adapters {' '.join(folders)}: a model has one adapter at a time",
             ["fix: merge the first with mcore export --merge_lora true, as --ref_model"],
         )
-        return
-    for folder in folders:
-        path = Path(folder).expanduser()
-        if not (path / "adapter_config.json").is_file():
-            found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
-            yield Problem(
-                "MC550",
-                f"--ref_adapters {folder}: no adapter_config.json there",
-                [
-                    f"found: {', '.join(found) or 'nothing'}",
-                    "fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a "
-                    "LoRA run",
-                ],
-            )
 
 
 def _check_runs(config: RunConfig) -> Iterator[Problem]:
