@@ -42,17 +42,9 @@ def packages() -> dict[str, tuple[str, str]]:
     return {ep.name: (ep.dist.name, ep.dist.version) for ep in points if ep.dist is not None}
 
 
-def package_of(name: str) -> tuple[str, str] | None:
-    """Return the distribution that provides a plugin and its version."""
-    for ep in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        if ep.dist is not None:
-            return ep.dist.name, ep.dist.version
-    return None
-
-
 def origin(name: str) -> str:
     """Return the package of a plugin, for messages."""
-    package = package_of(name)
+    package = packages().get(name)
     return " ".join(package) if package else "not installed"
 
 

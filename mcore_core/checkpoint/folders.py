@@ -17,6 +17,8 @@ from mcore_core.errors import usage_error
 STATE = "mcore"
 """Folder of the torch_dist state inside a checkpoint."""
 TRAINING = "training.json"
+ADAPTER = "adapter_config.json"
+"""PEFT's file about an adapter."""
 DIVIDED = "distributed_optimizer"
 """Key in training.json: whether the state is that of megatron's distributed optimizer."""
 MOVED = "moved_models"
@@ -119,6 +121,20 @@ def require(load: Path, option: str = "--load", *, restart: bool = True) -> Chec
             if option == "--load" and restart
             else ""
         ),
+    )
+
+
+def require_adapter(folder: Path, option: str = "--adapters") -> Path:
+    """Return PEFT's file about the adapter in a folder, or say what is there instead."""
+    file = folder / ADAPTER
+    if file.is_file():
+        return file
+    entries = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    raise usage_error(
+        "MC550",
+        f"{option} {folder}: no {ADAPTER} there",
+        f"found: {', '.join(entries) or 'nothing'}",
+        "fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a LoRA run",
     )
 
 

@@ -119,7 +119,7 @@ def _with_adapter(prepared: "PreparedExport") -> "PreparedExport":
     trained = checkpoint.training.get("tuner", {})
     if trained.get("tuner_type", "full") == "full":
         return prepared
-    path = checkpoint.path / "adapter_config.json"
+    path = checkpoint.path / folders.ADAPTER
     if not path.is_file():
         raise usage_error(
             "MC558",

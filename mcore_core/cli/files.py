@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
     from mcore_core.train.plan import ModelSource
 
-ADAPTER = "adapter_config.json"
-
 
 def check_files(prepared: "PreparedExport", source: "ModelSource") -> None:
     """Check that data is there, weights are whole and the run folder can be written.
@@ -77,17 +75,8 @@ def _named(config: "RunConfig") -> Iterator[Problem]:
                     yield from _problems(folders.require, path, option)
             case "adapter":
                 # an export also takes a run folder, whose newest checkpoint is meant
-                if not (path / ADAPTER).is_file() and folders.find(path) is None:
-                    entries = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
-                    yield Problem(
-                        "MC550",
-                        f"{option} {value}: no {ADAPTER} there",
-                        [
-                            f"found: {', '.join(entries) or 'nothing'}",
-                            "fix: give a folder that PEFT's save_pretrained wrote, or a "
-                            "checkpoint-N of a LoRA run",
-                        ],
-                    )
+                if folders.find(path) is None:
+                    yield from _problems(folders.require_adapter, path, option)
 
 
 def _problems[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> list[Problem]:

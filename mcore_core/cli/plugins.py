@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcore_core.cli.prepare import known_flags
-from mcore_core.installed import package_of
+from mcore_core.installed import packages
 from mcore_core.manager import PluginManager, kind_of
 from mcore_core.plugin import Plugin
 
@@ -42,10 +42,10 @@ def describe_plugins(manager: PluginManager) -> list[dict[str, Any]]:
         for owner, component in manager.catalogue(hook):
             part = {"kind": kind_of(hook), "name": component.name, "summary": component.summary}
             components.setdefault(owner, []).append(part)
-    found = []
+    known, found = packages(), []
     for name in sorted({*manager.names(), *manager.broken}):
         plugin = manager.get_plugin(name)
-        package, version = package_of(name) or ("", "")
+        package, version = known.get(name) or ("", "")
         described: dict[str, Any] = {
             "name": name,
             "package": package or None,

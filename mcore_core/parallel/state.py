@@ -100,7 +100,7 @@ def silent_ranks(wait_s: float = 3.0) -> str:
         time.sleep(wait_s)
         world = range(dist.get_world_size())
         silent = [r for r in world if not store.check([f"mcore/alive/{r}"])]
-    except Exception:  # the store is held by a rank that is gone, or by its machine
+    except (RuntimeError, ValueError):  # its holder is gone, a rank or a machine; or it never was
         return "rank 0, with which the others meet,"
     if not silent:
         return "a rank whose answer came too late"

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from mcore_core.platform.base import Platform
     from mcore_core.protocols import Tuner
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""PEFT's file about an adapter."""
-
 
 def frozen_source(
     name: str,
@@ -201,7 +198,7 @@ def _adapters(
         options = {"adapters": list(wanted.adapters)}
     elif wanted.adapter_load is not None:
         found = checkpoints.require(Path(wanted.adapter_load).expanduser())
-        if (found.path / ADAPTER_CONFIG).is_file():
+        if (found.path / checkpoints.ADAPTER).is_file():
             options = {"adapters": [str(found.path)]}
         else:
             given = read_yaml(str(found.path / "run.yaml")).values

@@ -75,7 +75,7 @@ def train(session: Session) -> None:
             if run.step >= run.train_iters:
                 break
             waiting = time.perf_counter()
-        if session.saver.last_step != run.step and not session.stepper.stops:
+        if session.saver.last_step != run.step:
             save(session)
         session.saver.close()
         if session.services.engine is not None:

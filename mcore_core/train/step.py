@@ -171,7 +171,8 @@ class Stepper:
             self._count_choices(placed)
         self.timers.place = time.perf_counter() - begin
         shares = self._run(placed, forward_only=False)
-        totals, extremes = self._totals(shares, placed)
+        totals, extremes, votes = self._totals(shares, placed, votes=self.wants_stop())
+        self.stops = votes > 0
         self.timers.forward_backward = time.perf_counter() - begin - self.timers.place
         self.size = StepSize(**{name: totals[name][0] for name in SIZES})
         self.empty = self.empty + 1 if float(count) <= 0 else 0
@@ -243,7 +244,7 @@ class Stepper:
                 placed = self._guided(self.place(micros))
                 with torch.no_grad():
                     shares = self._run(placed, forward_only=True)
-                totals, found = self._totals(shares, placed)
+                totals, found, _ = self._totals(shares, placed)
                 for name, (total, count) in totals.items():
                     a, b = sums.get(name, (0.0, 0.0))
                     sums[name] = (a + total, b + count)
@@ -310,9 +311,9 @@ class Stepper:
         self.experts.stop_counting()
 
     def _totals(
-        self, shares: list[Shares], placed: list[Placed]
-    ) -> tuple[dict[str, tuple[float, float]], "Extremes"]:
-        """Put the shares of all micro-batches and ranks together."""
+        self, shares: list[Shares], placed: list[Placed], *, votes: int = 0
+    ) -> tuple[dict[str, tuple[float, float]], "Extremes", int]:
+        """Put the shares of all micro-batches and ranks together, and the ranks' votes."""
         whole = Shares()
         for share in shares:
             whole.add(share)
@@ -332,9 +333,8 @@ class Stepper:
         extremes = Extremes(
             largest_shares(whole.highest, self.device), largest_shares(negated, self.device)
         )
-        totals, votes = sum_shares(summed, None, self.device, votes=self.wants_stop())
-        self.stops = votes > 0
-        return totals, extremes
+        totals, voted = sum_shares(summed, None, self.device, votes=votes)
+        return totals, extremes, voted
 
 
 def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:  # noqa: ANN401

@@ -308,7 +308,9 @@ BAD = {
     ),
     "no run": (
         ["--ref_load", "{nothing}"],
-        "error[MC702]: --ref_load {nothing} holds no complete checkpoint\n" + FIX_RUN,
+        "error[MC702]: --ref_load {nothing} holds no complete checkpoint\n"
+        "  found: nothing\n"
+        "  fix: give a folder that holds checkpoint-N with training.json\n",
     ),
     "a run without adapters": (
         ["--ref_adapter_load", "{full_run}"],

@@ -86,6 +86,15 @@ def test_sigterm_before_the_first_step(mcore, sft, plain, tmp_path):
     assert losses(tmp_path / "stopped") == losses(plain)
 
 
+def test_sigterm_in_the_last_evaluation(mcore, sft, dataset, tmp_path):
+    """All steps have been taken: the run ends as it would have, with its checkpoint."""
+    options = ["--train_iters", 2, "--val_dataset", dataset, "--eval_interval", 2]
+    last = sigterm_in("mcore_core.train.step", "Stepper", "evaluate")
+    ran = mcore(*sft, *options, "--save", tmp_path / "ended", before=last)
+    assert ran.code == 0, ran.err
+    assert "checkpoint-2" in names(ran.folder())
+
+
 def test_a_killed_rank_is_named(mcore, sft, tmp_path):
     long = ["--train_iters", 100000, "--save", tmp_path / "killed", "--nproc_per_node", 2]
     child = mcore.start([*sft, *long])

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 from gkd_case import TEACHERS, case
+from grid_cases import grid_case, layout
 from sft_case import LAYOUTS
 
 from mcore_core.testing.cases import Session, assert_same, run_case
@@ -35,6 +36,13 @@ def test_three_steps_change_the_student():
 )
 def test_layout(layout, teacher):
     check(layout, teacher)
+
+
+def test_a_dense_teacher_beside_divided_experts():
+    """Ranks that have other experts of the student hold the same of the teacher."""
+    reference = run_case(grid_case("gkd", "moe"), LAYOUTS["one"])
+    run = run_case(grid_case("gkd", "moe"), layout("ep2"))
+    assert_same(run, reference, relative=1e-5)
 
 
 STUDENT_ANSWERS = {"lmbda": 1.0, "sft_alpha": 0.0}

@@ -79,18 +79,7 @@ def _check_runs(config: RunConfig) -> Iterator[Problem]:
         if given is None:
             continue
         found = checkpoints.find(Path(given).expanduser())
-        if found is None:
-            exists = Path(given).expanduser().exists()
-            yield Problem(
-                "MC702" if exists else "MC701",
-                f"--{name} {given} holds no complete checkpoint"
-                if exists
-                else f"--{name} {given}: no such folder",
-                [
-                    "fix: give the run folder of an earlier run (its --save) or one of its "
-                    "checkpoint-N"
-                ],
-            )
+        if found is None:  # said with all other paths
             continue
         partial = found.training.get("tuner", {}).get("tuner_type", "full") != "full"
         if partial != (name == "ref_adapter_load"):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcore_sft.tuners.lora.spec import CONFIG
+from mcore_core.checkpoint.folders import ADAPTER
 
 if TYPE_CHECKING:
     from mcore_sft.tuners.lora.spec import LoraSpec
@@ -74,7 +74,7 @@ def write(folder: Path, config: dict[str, Any]) -> None:
     """Write adapter_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / ADAPTER).write_text(text, encoding="utf-8")
 
 
 def _shortest(

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcore_core.checkpoint.folders import ADAPTER, require_adapter
 from mcore_core.config.tuner import LoraConfig
 from mcore_core.errors import Problem, UsageError, usage_error
 
 if TYPE_CHECKING:
     from mcore_core.config.compose import RunConfig
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _OFF: Mapping[str, Any] = {
     "use_dora": False,
@@ -100,7 +100,7 @@ def from_peft(folder: Path, config: "RunConfig") -> LoraSpec:
     problems = [
         Problem(
             "MC552",
-            f"{folder / CONFIG}: {key} is {found[key]!r}, which adapters here do not have",
+            f"{folder / ADAPTER}: {key} is {found[key]!r}, which adapters here do not have",
             ["fix: merge it into its model with PEFT (merge_and_unload) and train from there"],
         )
         for key, off in _OFF.items()
@@ -110,7 +110,7 @@ def from_peft(folder: Path, config: "RunConfig") -> LoraSpec:
         problems.append(
             Problem(
                 "MC552",
-                f"{folder / CONFIG}: peft_type is {found.get('peft_type')!r}, not LORA",
+                f"{folder / ADAPTER}: peft_type is {found.get('peft_type')!r}, not LORA",
                 ["fix: only LoRA adapters can be trained on"],
             )
         )
@@ -118,7 +118,7 @@ def from_peft(folder: Path, config: "RunConfig") -> LoraSpec:
         problems.append(
             Problem(
                 "MC552",
-                f"{folder / CONFIG}: bias is {found['bias']!r}; it can be none or all here",
+                f"{folder / ADAPTER}: bias is {found['bias']!r}; it can be none or all here",
                 ["fix: train with bias none"],
             )
         )
@@ -171,17 +171,9 @@ def _contradictions(spec: LoraSpec, config: "RunConfig") -> list[Problem]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json. Raises UsageError where it is missing or not JSON."""
-    path = folder / CONFIG
+    path = require_adapter(folder)
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        entries = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-        raise usage_error(
-            "MC550",
-            f"--adapters {folder}: no {CONFIG} there",
-            f"found: {', '.join(entries) or 'nothing'}",
-            "fix: give a folder that PEFT's save_pretrained wrote, or a checkpoint-N of a LoRA run",
-        ) from error
     except (OSError, ValueError) as error:
         raise usage_error(
             "MC551", f"{path} cannot be read: {error}", "fix: copy the adapter again"
