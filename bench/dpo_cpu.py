@@ -61,6 +61,25 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def command(run: Side, template: str, folder: str) -> list[str]:
+    """Return the arguments of `mcore`."""
+    held = ["--val_dataset", run.held, "--eval_interval", str(EVERY)] if run.held else []
+    return [
+        "run", "--plugin", "dpo", "--model", run.model, "--dataset", run.data, *held,
+        "--chat_template", template,
+        "--dataset_shuffle", "false", "--train_dataloader_shuffle", "false",
+        "--tuner_type", "lora", "--adapters", run.adapter, "--lora_dropout", "0",
+        "--lr", str(LR), "--lr_decay_style", "constant", "--weight_decay", "0.1",
+        "--adam_beta1", "0.9", "--adam_beta2", "0.95", "--adam_eps", "1e-8",
+        "--clip_grad", "1", "--beta", str(BETA), "--micro_batch_size", str(MICRO),
+        "--global_batch_size", str(GLOBAL), "--max_length", str(LENGTH),
+        "--train_iters", str(run.steps), "--log_interval", "1", "--seed", str(run.seed),
+        "--torch_dtype", "float32", "--transformer_impl", "local", "--no_save_optim",
+        "--recompute_granularity", "none", "--merge_lora", "false",
+        "--save", folder, "--add_version", "false",
+    ]  # fmt: skip
+
+
 def ours(run: Side) -> dict[str, Any]:
     """Run `mcore run --plugin dpo` here."""
     from mcore_core.cli.main import main as mcore
@@ -68,23 +87,7 @@ def ours(run: Side) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "template.jinja"
         template.write_text(TEMPLATE, encoding="utf-8")
-        held = [] if run.held is None else ["--val_dataset", run.held]
-        code = mcore(
-            [
-                "run", "--plugin", "dpo", "--model", run.model, "--dataset", run.data, *held,
-                "--eval_interval", str(EVERY), "--chat_template", str(template),
-                "--dataset_shuffle", "false", "--train_dataloader_shuffle", "false",
-                "--tuner_type", "lora", "--adapters", run.adapter, "--lora_dropout", "0",
-                "--lr", str(LR), "--lr_decay_style", "constant", "--weight_decay", "0.1",
-                "--adam_beta1", "0.9", "--adam_beta2", "0.95", "--adam_eps", "1e-8",
-                "--clip_grad", "1", "--beta", str(BETA), "--micro_batch_size", str(MICRO),
-                "--global_batch_size", str(GLOBAL), "--max_length", str(LENGTH),
-                "--train_iters", str(run.steps), "--log_interval", "1", "--seed", str(run.seed),
-                "--torch_dtype", "float32", "--transformer_impl", "local", "--no_save_optim",
-                "--recompute_granularity", "none", "--merge_lora", "false",
-                "--save", folder, "--add_version", "false",
-            ]
-        )  # fmt: skip
+        code = mcore(command(run, str(template), folder))
         assert code == 0
         text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
     every = [json.loads(line) for line in text.splitlines()]

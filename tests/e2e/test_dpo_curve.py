@@ -1,7 +1,9 @@
 """DPO with LoRA on SmolLM2-135M, in the folder that MCORE_SMOLLM2 names, against TRL's curves."""
 
+from importlib import import_module
+
 import pytest
-from curve_runs import recorded, trained, trains
+from curve_runs import bench, recorded, trained, trains
 
 PAIR = 1 / 64
 """What one pair that is held out counts."""
@@ -10,6 +12,20 @@ PAIR = 1 / 64
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return trained("dpo", tmp_path_factory.mktemp("dpo"))
+
+
+@pytest.mark.parametrize("held", [None, "held.jsonl"])
+def test_options_with_and_without_held_out_pairs(held):
+    """As the curve and as bench/dpo_cpu.py, which measures speed alone, give them."""
+    from mcore_core.cli.run import prepare
+
+    with bench():
+        module, aside = import_module("dpo_cpu"), import_module("aside")
+        about = {"model": "m", "data": "d.jsonl", "adapter": "a", "steps": 3, "seed": 1}
+        side = aside.Side(side="ours", held=held, **about)
+        program, *argv = module.command(side, "t.jinja", "out")
+    assert program == "run"
+    assert prepare(argv).config.get("val_dataset") == ([] if held is None else [held])
 
 
 @trains
