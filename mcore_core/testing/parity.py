@@ -78,10 +78,13 @@ def draw(key: str, shape: Sequence[int], *, scale: float = 0.08) -> Tensor:
 
 def fill(chunks: Iterable[Any], *, scale: float = 0.08) -> None:
     """Set every parameter to its part of the tensor drawn from its key."""
+    drawn: tuple[str, Tensor] | None = None  # the last: a layer's experts are parts of one tensor
     for chunk in chunks:
         for tensor in sharded(chunk):
             if tensor.data.is_floating_point():
-                whole = draw(tensor.key, tensor.global_shape, scale=scale)
+                if drawn is None or drawn[0] != tensor.key:
+                    drawn = tensor.key, draw(tensor.key, tensor.global_shape, scale=scale)
+                whole = drawn[1]
                 if _around_zero(chunk, tensor.key):
                     whole = whole - 1
                 with torch.no_grad():

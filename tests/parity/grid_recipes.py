@@ -50,7 +50,12 @@ TEACHER = dataclasses.replace(
     sft_case.SHAPE, vocab_size=sft_case.VOCAB + 8, add_qkv_bias=True, hidden_size=16
 )
 RECIPES: dict[str, GridRecipe] = {
-    "sft": GridRecipe(build=sft_case.recipe, steps=sft_case.data, groups=(SFTConfig,)),
+    "sft": GridRecipe(
+        build=sft_case.recipe,
+        steps=sft_case.data,
+        groups=(SFTConfig,),
+        steep={"gdn": {"lr": 0.005}},
+    ),
     "dpo": preference("dpo"),
     "kto": preference("kto"),
     "rm": preference("rm", gdn={"lr": 0.003}),
@@ -67,6 +72,7 @@ RECIPES: dict[str, GridRecipe] = {
         steps=gkd_case.data,
         groups=gkd_case.GROUPS,
         options=gkd_case.PLAIN,
+        steep={"gdn": {"lr": 0.005}},
         frozen={"teacher": TEACHER},
     ),
 }
