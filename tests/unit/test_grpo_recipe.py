@@ -227,6 +227,19 @@ def test_entropy_quantile_is_taken_over_the_step():
     assert high["policy"].tolist() == [0, 1, 1, 1]
 
 
+def test_rounding_does_not_choose_among_equal_entropies():
+    """First tokens of one prompt's completions have the same entropy, and the quantile is there."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        first = 3.974178 + rng.integers(-2, 3, 4) * 2.4e-7
+        units = [
+            {"trains": np.ones(3, bool), "kept": True, "entropy": np.array([e, 5.0, 1.0])}
+            for e in first
+        ]
+        keep_highest(units, 0.5)
+        assert all(u["policy"].tolist() == [1, 1, 0] for u in units)
+
+
 def test_kl_in_the_reward_and_the_reference(tmp_path):
     made = recipe(tmp_path, beta=0.2, advantage_estimator="rloo")
     assert made.constants.beta == 0.0
