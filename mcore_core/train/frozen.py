@@ -18,6 +18,7 @@ from mcore_core.config.source import read_yaml
 from mcore_core.config.tuner import LoraConfig
 from mcore_core.config.weights import WeightsConfig
 from mcore_core.errors import Problem, UsageError, usage_error
+from mcore_core.model.names import unwrap
 from mcore_core.model.resolve import read_hf_config, resolve_family, resolve_model_dir
 from mcore_core.parallel.stages import layers_per_stage
 from mcore_core.protocols import FrozenModel, TunerContext
@@ -230,6 +231,32 @@ def _options_of(name: str) -> Iterator[None]:
                 for p in error.problems
             ]
         ) from error
+
+
+def check_movable(moved: Mapping[str, list[Any]], policy: list[Any]) -> None:
+    """Raise UsageError where a model that is to follow the policy has other tensors.
+
+    Args:
+        moved: The chunks of each model, by name.
+        policy: The policy's chunks.
+    """
+    want = [_shapes(chunk) for chunk in policy]
+    for name, chunks in moved.items():
+        have = [_shapes(chunk) for chunk in chunks]
+        for mine, theirs in zip(have, want, strict=True):
+            differ = {key for key, _ in mine.items() ^ theirs.items()}
+            if differ:
+                key = min(differ)
+                raise usage_error(
+                    "MC358",
+                    f"{name}: its weights cannot follow the policy's, which have other shapes",
+                    f"{key}: {mine.get(key, 'none')}, in the policy {theirs.get(key, 'none')}",
+                    f"fix: --{name}_model with a model of the policy's shape",
+                )
+
+
+def _shapes(chunk: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401
+    return {name: tuple(weight.shape) for name, weight in unwrap(chunk).named_parameters()}
 
 
 def freeze(chunks: list[Any], plan: Any) -> ScoredModel:  # noqa: ANN401

@@ -37,7 +37,7 @@ from mcore_core.rollout import EngineContext
 from mcore_core.train import folders
 from mcore_core.train.build import build_model, model_plan, wrap
 from mcore_core.train.facts import count_parameters, data_facts, environment
-from mcore_core.train.frozen import build_frozen, largest_vocabulary
+from mcore_core.train.frozen import build_frozen, check_movable, largest_vocabulary
 from mcore_core.train.grow import check_new_rows, load_weights
 from mcore_core.train.guide import Guide
 from mcore_core.train.optimizer import (
@@ -193,6 +193,8 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         plan=plan,
         adapters=tuner.partial,
     )
+    moved = moving(recipe, frozen)
+    check_movable(moved, chunks)
     models = Models(
         ScoredModel(chunks=chunks, plan=plan),
         recipe,
@@ -205,7 +207,6 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         stepper.guide = Guide(frozen[recipe.head.divergence.model], recipe, plan)
     if resume is not None:
         check_same_tuner(resume, tuner)
-        moved = moving(recipe, frozen)
         state = Trainable(chunks, optimizer, run.layout, tuner.partial, moved)
         loaded = load(state, resume, config[CheckpointConfig])
         if not config[CheckpointConfig].finetune:

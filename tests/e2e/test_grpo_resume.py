@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from commands import metrics
+from conftest import make_model
 from safetensors.torch import load_file
 from test_kill import moves, newest, same, training_state
 
@@ -75,3 +76,12 @@ def check_reference(state, told):
         differ += isinstance(weight, torch.Tensor) and not torch.equal(weight, policy)
     assert differ
     assert told[-1]["kl"] > 0
+
+
+def test_a_reference_of_another_shape_cannot_follow(mcore, command, tmp_path):
+    other = make_model(tmp_path / "wider", hidden_size=64)
+    moving = ["--sync_ref_model", "true", "--beta", 0.1, "--ref_model", other]
+    ran = mcore(*command, *moving, "--save", tmp_path / "run")
+    assert ran.code == 2, ran.err
+    assert "error[MC358]: ref: its weights cannot follow the policy's" in ran.err
+    assert "Traceback" not in ran.err

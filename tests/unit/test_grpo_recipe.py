@@ -329,6 +329,12 @@ def test_a_reference_follows_weights_and_not_adapters(reference):
     assert code == "MC358" and "the adapters are what trains" in fact
 
 
+@pytest.mark.parametrize("option", [{"ref_adapters": ["a"]}, {"ref_adapter_load": "run"}])
+def test_a_reference_with_adapters_of_its_own_stays(option):
+    ((code, fact),) = problems("sync_ref_model", sync_ref_model=True, beta=0.1, **option)
+    assert code == "MC358" and f"--{next(iter(option))} adds" in fact
+
+
 def test_an_engine_that_records_no_routing(tmp_path):
     with pytest.raises(UsageError, match="MC362"):
         steps(recipe(tmp_path, router_replay_mode="R3"), prompts(1), Run(Engine()))

@@ -217,7 +217,6 @@ def _idle(config: RunConfig) -> Iterator[Problem]:
         "ref_model_sync_steps": ("sync_ref_model", bool(config.get("sync_ref_model"))),
         "ref_model_mixup_alpha": ("sync_ref_model", bool(config.get("sync_ref_model"))),
         "sync_ref_model": ("beta", config.get("beta") > 0),
-        "reward_timeout": ("reward_funcs", True),
         "rollout_importance_sampling_threshold": (
             "rollout_importance_sampling_mode",
             config.get("rollout_importance_sampling_mode") is not None
@@ -238,4 +237,12 @@ def _idle(config: RunConfig) -> Iterator[Problem]:
             "--sync_ref_model true moves the reference's weights towards the policy's, and with "
             "LoRA those stay as they are: the adapters are what trains",
             ["fix: leave it out, or --tuner_type full"],
+        )
+    given = [name for name in ("ref_adapters", "ref_adapter_load") if config.get(name)]
+    if config.get("sync_ref_model") and given:
+        yield Problem(
+            "MC358",
+            f"--sync_ref_model true moves the reference's weights, and what --{given[0]} adds to "
+            "them would stay",
+            ["fix: merge it with mcore export --merge_lora true, as --ref_model"],
         )
