@@ -1,10 +1,12 @@
 """The native engine: tokens and log-probabilities equal transformers', whatever the layout."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from family_cases import CASES, family_of, write
-from native_cases import drain, engine_of, generate, greedy_of, prompts, requests_of
+from native_cases import Characters, drain, engine_of, generate, greedy_of, prompts, requests_of
 
 from mcore_core.parallel.topology import Layout
 from mcore_core.protocols import Sampling
@@ -134,6 +136,28 @@ def test_grid(tmp_path, name, layout):
     check_layout(tmp_path, name, layout)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "layout"), [*PAIRS, ("qwen3", "cp2"), ("qwen3", "dp2")])
+def test_penalties_and_ends_in_layouts(tmp_path, name, layout):
+    """repetition_penalty and stop words give one rank's tokens."""
+    write(tmp_path / "model", CASES[name])
+    penalty = dataclasses.replace(WARM, repetition_penalty=1.6)
+    free = in_layout(tmp_path / "model", CASES[name], Layout(), WARM)
+    long = in_layout(tmp_path / "model", CASES[name], Layout(), penalty)
+    assert [c.token_ids for c in free] != [c.token_ids for c in long]
+    word = Characters().decode(long[0].token_ids[4:6])
+    ends = dataclasses.replace(
+        penalty, stop=(word, "never"), stop_token_ids=(long[1].token_ids[7],)
+    )
+    one = in_layout(tmp_path / "model", CASES[name], Layout(), ends)
+    assert [one[i].stop for i in (0, 1)] == ["stop", "stop"]
+    assert len(one[0].token_ids) <= 6 and len(one[1].token_ids) <= 8
+    found = in_layout(tmp_path / "model", CASES[name], LAYOUTS[layout], ends)
+    assert [(c.token_ids, c.stop) for c in found] == [(c.token_ids, c.stop) for c in one]
+    for a, b in zip(found, one, strict=True):
+        assert np.abs(a.logps - b.logps).max() < 1e-5
+
+
 def _behaviour(folder, family):
     """Return what one engine does under many conditions, on one rank."""
     engine = engine_of(folder, family, options={"native_slots": 3})
@@ -172,6 +196,26 @@ def test_refilled_slots_equal_one_by_one(tmp_path):
     for i in range(len(many)):
         limited = found["limits"][f"l{i}-0"]
         assert limited.token_ids == found["greedy"][i].token_ids[: 1 + 3 * (i % 4)]
+
+
+def test_memory_and_graphs(tmp_path):
+    """Less room is fewer completions beside each other, and the same tokens."""
+    write(tmp_path / "model", CASES["qwen3"])
+
+    def with_options(**options):
+        def run(_):
+            engine = engine_of(tmp_path / "model", family_of(CASES["qwen3"]), options=options)
+            done = generate(engine, prompts(), WARM)
+            return engine._most, engine.unrecorded, [c.token_ids for c in done]
+
+        return fork_ranks(run, 1)[0]
+
+    most, why, tokens = with_options()
+    few, _, again = with_options(native_kv_gib=1e-5)
+    _, off, eager = with_options(native_cuda_graphs=False)
+    assert most > len(prompts()) > few == 1
+    assert tokens == again == eager
+    assert off == "native_cuda_graphs is off" != why
 
 
 def _ends(folder, family):

@@ -63,6 +63,11 @@ def problems(**options):
         ({"seq_kd": True, "sft_alpha": 0.1}, "--sft_alpha does nothing with --seq_kd true"),
         ({"lmbda": 0.0, "top_k": 5}, "--top_k does nothing with --lmbda 0"),
         ({"lmbda": 0.0, "seq_kd": True, "top_k": 5}, None),
+        (
+            {"lmbda": 0.0, "seq_kd": True, "use_vllm": True},
+            "--use_vllm does nothing with --lmbda 0",
+        ),
+        ({"lmbda": 0.1, "seq_kd": True, "use_vllm": True}, None),
         ({"sft_alpha": 0.1, "beta": 0.0}, None),
     ],
 )

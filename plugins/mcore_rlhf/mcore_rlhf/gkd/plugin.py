@@ -32,6 +32,7 @@ class GKDPlugin(Plugin):
         "partial_rollouts": "answers are generated for the step that trains on them",
         "multi_turn_scheduler": "the student answers once",
         "max_turns": "the student answers once",
+        "vllm_server_pass_dataset": "rows are not kept beside their tokens",
     }
 
     @hookimpl

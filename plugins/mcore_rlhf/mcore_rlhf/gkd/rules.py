@@ -18,6 +18,7 @@ GENERATION = (
     "use_vllm",
     "native_slots",
     "native_kv_gib",
+    "native_cuda_graphs",
 )
 
 
@@ -40,6 +41,10 @@ def check(config: RunConfig) -> Iterator[Problem]:
         for name in GENERATION:
             if config.changed(name):
                 yield _idle(name, "with --lmbda 0: nothing is generated")
+    if options.lmbda == 0 and options.seq_kd:
+        for name in ("rollout_engine", "use_vllm"):
+            if config.changed(name):
+                yield _idle(name, "with --lmbda 0: the teacher answers, with the native engine")
 
 
 def _idle(name: str, why: str) -> Problem:

@@ -25,7 +25,7 @@ COLOCATE = (
     "offload_model",
 )
 BOTH = ("vllm_mode", "vllm_enable_lora")
-NATIVE = ("native_slots", "native_kv_gib")
+NATIVE = ("native_slots", "native_kv_gib", "native_cuda_graphs")
 
 
 def check_rollout(config: RunConfig) -> Iterator[Problem]:
