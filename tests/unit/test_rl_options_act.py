@@ -29,8 +29,9 @@ from rl_options import ADDRESSES, ELSEWHERE, GKD, GRPO, MORE, REFUSED, REWARDS, 
 
 from mcore_core import compat
 from mcore_core.config.kernel import kernel_config
-from mcore_core.parallel.reduce import RowReduce
 from mcore_core.protocols import HeadOut, Rollout
+
+compat.apply()  # before anything imports megatron
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +99,8 @@ def filled(value, tmp_path):
 
 def losses(made, units):
     """The loss, its gradient and what it counts, for log-probabilities near the engine's."""
+    from mcore_core.parallel.reduce import RowReduce
+
     batch = made.collate(units)
     rng = np.random.default_rng(len(batch.tokens_T))
     near = batch.rollout_T.numpy() + rng.normal(0, 0.5, len(batch.rollout_T))
@@ -122,7 +125,6 @@ def test_grpo(tmp_path, name):
 
 @pytest.mark.parametrize("name", STARTED)
 def test_what_vllm_is_started_with(name):
-    compat.apply()  # before anything imports megatron
     from mcore_rlhf.rollout.vllm import colocate
 
     def given(**options):
@@ -153,7 +155,6 @@ def test_servers(name):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_what_servers_are_asked_with(name, monkeypatch):
-    compat.apply()  # before anything imports megatron
     from mcore_rlhf.rollout.vllm import servers
 
     told = {}
