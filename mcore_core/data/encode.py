@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -63,24 +63,22 @@ class RowEncoder:
 
     def counted(self, rows: Rows, index: int, counts: Counts, name: str) -> list[Unit]:
         """Encode row `index`, or count why not. Raises UsageError for a malformed row if strict."""
-        where = rows.where(index) or f"{name} row {index + 1}"
-        try:
-            row: Row | RowError = rows.get(index)
-        except RowError as error:
-            row = error
-        return self.count_row(row, counts, where)
+        (row,) = rows.read(index, index + 1)
+        return self.count_row(row, counts, partial(where_of, rows, index, name))
 
-    def count_row(self, row: Row | RowError, counts: Counts, where: str) -> list[Unit]:
+    def count_row(
+        self, row: Row | RowError, counts: Counts, where: Callable[[], str]
+    ) -> list[Unit]:
         """Encode a row that was read, or count why not: then there are no units."""
         try:
             if isinstance(row, RowError):
                 raise row
             units = self(row)
         except RowDropped as dropped:
-            counts.drop(dropped.reason, where)
+            counts.drop(dropped.reason, where())
             return []
         except RowError as error:
-            self.reject(error, counts, where)
+            self.reject(error, counts, where())
             return []
         counts.keep(units)
         return units
@@ -93,6 +91,11 @@ class RowEncoder:
                 "MC404", str(located), "fix: correct the row, or --strict false to leave it out"
             ) from error
         counts.drop(MALFORMED, str(located))
+
+
+def where_of(rows: Rows, index: int, name: str) -> str:
+    """Return where a row stands: file:line, or its number in `name`."""
+    return rows.where(index) or f"{name} row {index + 1}"
 
 
 def cache_dir() -> Path:
@@ -175,8 +178,9 @@ def describe_drop(reason: str, counts: Counts) -> str:
 def _encode_chunk(rows: Rows, encoder: RowEncoder, name: str, start: int) -> tuple[Any, Counts]:
     counts = Counts()
     units: list[Unit] = []
-    for index in range(start, min(start + CHUNK, len(rows))):
-        units += encoder.counted(rows, index, counts, name)
+    stop = min(start + CHUNK, len(rows))
+    for index, row in enumerate(rows.read(start, stop), start):
+        units += encoder.count_row(row, counts, partial(where_of, rows, index, name))
     return (to_batch(units) if units else None), counts
 
 

@@ -25,6 +25,14 @@ class Rows(Sequence[Row]):
         """Return one row, 0 <= index < len. Raises RowError."""
         raise NotImplementedError
 
+    def read(self, start: int, stop: int) -> Iterator[Row | RowError]:
+        """Yield rows one after the other; a malformed one as the RowError that says so."""
+        for index in range(start, stop):
+            try:
+                yield self.get(index)
+            except RowError as error:
+                yield error
+
     def where(self, index: int) -> str:
         """Return file:line of a row, or an empty string where rows have no lines."""
         return ""
@@ -94,6 +102,16 @@ class JsonlRows(Rows):
             file.seek(int(self._starts[index]))
             line = file.readline()
         return parse_line(line, self.where(index))
+
+    def read(self, start: int, stop: int) -> Iterator[Row | RowError]:
+        """Parse lines one after the other, from a file that is opened once."""
+        with self._path.open("rb") as file:
+            for index in range(start, stop):
+                file.seek(int(self._starts[index]))
+                try:
+                    yield parse_line(file.readline(), self.where(index))
+                except RowError as error:
+                    yield error
 
     def where(self, index: int) -> str:
         """Return file:line."""
@@ -262,11 +280,7 @@ def stream_file(path: Path) -> Iterator[Row | RowError]:
         yield from _stream_jsonl(path)
         return
     rows = READERS[path.suffix](path)
-    for index in range(len(rows)):
-        try:
-            yield rows.get(index)
-        except RowError as error:
-            yield error
+    yield from rows.read(0, len(rows))
 
 
 def _stream_jsonl(path: Path) -> Iterator[Row | RowError]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcore_core.data.files import Rows
+from mcore_core.data.rows import RowError
 from mcore_core.errors import usage_error
 from mcore_core.protocols import Row, Unit
 
@@ -62,6 +63,15 @@ class Joined(Rows):
         """Return one row."""
         part, at = self._locate(index)
         return part.get(at)
+
+    def read(self, start: int, stop: int) -> Iterator[Row | RowError]:
+        """Yield rows of one part after the other."""
+        begin = 0
+        for part, end in zip(self.parts, self.ends, strict=True):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                yield from part.read(first - begin, last - begin)
+            begin = end
 
     def where(self, index: int) -> str:
         """Return file:line, where there are lines."""

@@ -9,6 +9,7 @@ one reader.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -81,9 +82,12 @@ class Stream:
     def _units(self, epoch: int) -> Iterator[Unit]:
         counts = Counts()
         for number, row in enumerate(self._open(epoch), start=1):
-            yield from self._encoder.count_row(row, counts, f"{self._name} row {number}")
+            yield from self._encoder.count_row(row, counts, partial(self._where, number))
         if not counts.kept:
             raise nothing_left(self._name, counts)
+
+    def _where(self, number: int) -> str:
+        return f"{self._name} row {number}"
 
     def _items(self, units: Iterator[Unit], rng: np.random.Generator) -> Iterator[list[Unit]]:
         capacity = self._options.packing_length

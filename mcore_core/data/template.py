@@ -22,8 +22,9 @@ from mcore_core.data.fit import fitted
 from mcore_core.data.loss_scale import LossScale, Span
 from mcore_core.data.rows import Conversation, Message, RowError
 from mcore_core.data.template_files import read_chat_template, read_system
+from mcore_core.data.tokens import Ids
 from mcore_core.data.turns import ambiguous, turn_span
-from mcore_core.data.weigh import Ids, Weigher, Weights, inside
+from mcore_core.data.weigh import Weigher, Weights, inside
 from mcore_core.errors import usage_error
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Template:
         self.chat_template = read_chat_template(tokenizer, config.chat_template)
         self._scale = LossScale.parse(config.loss_scale)
         self._rounds = self._scale.rounds
+        self._weigher = Weigher(tokenizer, self._scale)
         if config.truncation_strategy != "split":
             return
         if not splits:
@@ -85,7 +87,9 @@ class Template:
 
     @property
     def _weigh(self) -> Weigher:
-        return Weigher(self.tokenizer, self._scale)
+        if self._weigher.tokenizer is not self.tokenizer:
+            self._weigher = Weigher(self.tokenizer, self._scale)
+        return self._weigher
 
     def fingerprint(self) -> str:
         """Return a hash of everything that changes what `encode` returns."""

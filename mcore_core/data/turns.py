@@ -33,7 +33,7 @@ def turn_span(render: Render, conversation: Conversation, text: str, i: int) -> 
         UsageError: It is ambiguous.
     """
     before = render(conversation, i, prompt=True)
-    after = render(conversation, i + 1)
+    after = text if i + 1 == len(conversation.messages) else render(conversation, i + 1)
     if text.startswith(before) and text.startswith(after) and len(before) <= len(after):
         return len(before), len(after)
     start = common(before, text)

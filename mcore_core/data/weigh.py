@@ -6,28 +6,27 @@ neither.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcore_core.data.loss_scale import LossScale, Span
+from mcore_core.data.tokens import Ids, Offsets, Tokens
 from mcore_core.data.turns import ambiguous
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-type Ids = "NDArray[np.int32]"
 type Weights = "NDArray[np.float32]"
-type Offsets = "NDArray[np.int64]"
 
 
-@dataclass(frozen=True, slots=True)
 class Weigher:
-    """A tokenizer, and which of the characters that train do not after all."""
+    """A tokenizer, and which of the characters that train do not after all. Picklable."""
 
-    tokenizer: Any
-    scale: LossScale
+    def __init__(self, tokenizer: Any, scale: LossScale) -> None:  # noqa: ANN401
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer)
+        self._scale = scale
 
     def __call__(
         self, text: str, spans: Sequence[Span] | None, *, special: bool = False
@@ -36,38 +35,27 @@ class Weigher:
 
         `special` adds the tokenizer's own beginning.
         """
-        located = spans is not None or self.scale.ignore_empty_think
+        located = spans is not None or self._scale.ignore_empty_think
         ids, offsets = self.tokens(text, special=special, located=located)
         return ids, self._weigh(text, ids, offsets, spans)
 
-    def tokens(
-        self, text: str, *, special: bool = False, located: bool = True
-    ) -> tuple[Ids, "Offsets | None"]:
-        """Return the tokens and, where they are to be located, the characters each stands for."""
-        fast = located and bool(getattr(self.tokenizer, "is_fast", False))
-        out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast)
-        ids = np.asarray(out["input_ids"], np.int32)
-        offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) if fast else None
-        return ids, offsets
-
     def _weigh(
-        self, text: str, ids: Ids, offsets: "Offsets | None", spans: Sequence[Span] | None
+        self, text: str, ids: Ids, offsets: Offsets | None, spans: Sequence[Span] | None
     ) -> Weights:
-        weights = np.full(len(ids), spans is None, np.float32)
-        thoughts = self.scale.empty_thoughts(text, spans)
+        weights = (np.ones if spans is None else np.zeros)(len(ids), np.float32)
+        thoughts = self._scale.empty_thoughts(text, spans)
         if offsets is None:
             for span in spans or ():
                 weights[self._by_prefix(text, ids, span)] = 1.0
             for thought in thoughts:
                 weights[self._by_prefix(text, ids, thought)] = 0.0
             return weights
-        special = np.isin(ids, list(self.tokenizer.all_special_ids))
         for start, end in spans or ():
-            within = inside(offsets, (start, end))
+            within = np.flatnonzero(inside(offsets, (start, end)))
             weights[within] = 1.0
-            ends = np.flatnonzero(within & special)
-            if len(ends) and not text[offsets[ends[-1], 1] : end].strip():
-                weights[ends[-1] + 1 : np.flatnonzero(within)[-1] + 1] = 0.0
+            ends = np.flatnonzero(self.tokens.special(ids[within]))
+            if len(ends) and not text[offsets[within[ends[-1]], 1] : end].strip():
+                weights[within[ends[-1]] + 1 : within[-1] + 1] = 0.0
         for thought in thoughts:
             weights[inside(offsets, thought)] = 0.0
         return weights
@@ -87,7 +75,7 @@ class Weigher:
         return slice(*ends)
 
 
-def inside(offsets: "Offsets", span: Span) -> "NDArray[np.bool_]":
+def inside(offsets: Offsets, span: Span) -> "NDArray[np.bool_]":
     """Return which tokens stand for characters of the span alone."""
     start, end = span
     return (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
