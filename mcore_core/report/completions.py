@@ -4,6 +4,7 @@ Each line of the file has `step` and what the recipe gave for one completion, wi
 `prompt`, `completion`, `reward`, a number for each reward function under `rewards`, `advantage`.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,10 @@ def _text(row: Mapping[str, Any]) -> Text:
 
 
 def _value(reward: Any) -> float:  # noqa: ANN401
-    return float(reward) if isinstance(reward, int | float) else float("-inf")
+    """Return what sorts it: completions that nothing could score come last."""
+    known = isinstance(reward, int | float) and not math.isnan(reward)
+    return float(reward) if known else float("-inf")
 
 
 def _number(value: Any) -> str:  # noqa: ANN401
-    return "-" if value is None else f"{float(value):.3f}"
+    return "-" if value is None or math.isnan(value) else f"{float(value):.3f}"

@@ -199,7 +199,8 @@ def test_a_function_that_hangs_costs_its_own_scores_only():
 
 
 def test_what_is_no_list_of_numbers_stops_the_run():
-    for wrong in (lambda rs: [1.0], lambda rs: 3, lambda rs: ["x"] * len(rs)):
+    infinite = [float("-inf"), 1.0]  # its group would have no advantage that is a number
+    for wrong in (lambda rs: [1.0], lambda rs: 3, lambda rs: ["x"] * len(rs), lambda rs: infinite):
         with pytest.raises(RunFailure, match="MC842"):
             Rewards({"wrong": wrong}, 5.0)([rollout(), rollout()])
 

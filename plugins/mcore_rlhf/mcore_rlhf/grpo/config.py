@@ -41,7 +41,8 @@ class GRPOConfig(ConfigGroup):
     reward_model: list[str] = Field([], json_schema_extra=names("model"))
     """Folders or hub ids of sequence-classification models whose scores are rewards too."""
     reward_timeout: float = Field(120.0, gt=0)
-    """Seconds after which a reward function that has not answered is left out of the batch."""
+    """Seconds after which a reward function that has not answered is left out of the batch; a
+    multi-turn scheduler that has not answered by then ends the run."""
 
     advantage_estimator: Estimator = "grpo"
     """The baseline: the group's mean (grpo), the mean of the group's others (rloo), or the group's

@@ -228,6 +228,8 @@ def _checked(name: str, found: Any, size: int) -> list[float | None]:  # noqa: A
         raise _malformed(name, f"it returned {found!r:.100}", size) from error
     if len(values) != size:
         raise _malformed(name, f"it returned {len(values)}", size)
+    if any(value is not None and np.isinf(value) for value in values):
+        raise _malformed(name, "it returned one that is infinite", size)
     return [None if value is not None and np.isnan(value) else value for value in values]
 
 

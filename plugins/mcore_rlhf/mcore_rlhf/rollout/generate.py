@@ -23,6 +23,9 @@ from mcore_rlhf.rollout.prompts import conversation_of, row_of
 from mcore_rlhf.rollout.trajectory import Trajectory
 from mcore_rlhf.rollout.turns import Continuation, respond
 
+TURN_TIMEOUT = 120.0
+"""Seconds for a scheduler's answer, where the recipe has no option that says so."""
+
 
 @dataclass(slots=True)
 class Round:
@@ -87,6 +90,8 @@ class Generator:
                 "mcore_schedulers", self.options.multi_turn_scheduler, "--multi_turn_scheduler"
             )
             self._scheduler = made(config) if isinstance(made, type) else made
+        named = "reward_timeout" in config.names
+        self._turn_timeout = float(config.get("reward_timeout")) if named else TURN_TIMEOUT
         self._rounds: deque[Round] = deque()
         self._drawn = 0
         self._pending: dict[str, tuple[Round, Trajectory]] = {}
@@ -246,7 +251,7 @@ class Generator:
             )
         if not turns:  # the same on every rank of a model: they poll alike
             return answers
-        timeout = self.options.vllm_server_timeout
+        timeout = self._turn_timeout
         for i, answer in zip(
             asked, run.once(lambda: respond(self._scheduler, turns, timeout)), strict=True
         ):

@@ -6,12 +6,14 @@ the chat template behind a stand-in for the model's turn, and only the text afte
 
 import asyncio
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from mcore_core.data.rows import Conversation
 from mcore_core.data.template import Template
 from mcore_core.errors import usage_error
+from mcore_core.failure import RunFailure
 from mcore_core.protocols import Turn
 
 MARK = "\u2042mcore\u2042"
@@ -68,7 +70,7 @@ def respond(
     """Ask a scheduler about every turn, all at once; None ends a conversation.
 
     Raises:
-        Exception: What the scheduler raised.
+        RunFailure: It raised, gave no answer in `timeout` seconds, or something else than messages.
     """
 
     async def ask(turn: Turn) -> Any:  # noqa: ANN401
@@ -78,10 +80,39 @@ def respond(
             answer: Awaitable[Any] = scheduler(turn)
         else:
             answer = asyncio.to_thread(scheduler, turn)
-        return await asyncio.wait_for(answer, timeout)
+        try:
+            return _messages(await asyncio.wait_for(answer, timeout))
+        except TimeoutError as error:
+            why = str(error) or f"no answer in {timeout:g} s"
+            raise _failed(turn, f"TimeoutError: {why}") from error
+        except Exception as error:
+            raise _failed(turn, f"{type(error).__name__}: {error}") from error
 
-    async def ask_all() -> list[Any]:
+    async def ask_all() -> list[list[dict[str, Any]] | None]:
         return list(await asyncio.gather(*(ask(turn) for turn in turns)))
 
-    answers = asyncio.run(ask_all())
-    return [[dict(m) for m in messages] if messages else None for messages in answers]
+    return asyncio.run(ask_all())
+
+
+def _messages(answer: Any) -> list[dict[str, Any]] | None:  # noqa: ANN401
+    """Return the messages as dicts, None where there are none; raises TypeError."""
+    if not answer:
+        return None
+    if isinstance(answer, str | Mapping):
+        raise TypeError(f"it returned {answer!r:.100}, and not a list of messages")
+    messages = [dict(message) for message in answer]
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise TypeError(f"a message without role or content: {message!r:.100}")
+    return messages
+
+
+def _failed(turn: Turn, why: str) -> RunFailure:
+    row = json.dumps(turn.row, default=str, ensure_ascii=False)
+    return RunFailure(
+        "MC848",
+        f"the multi-turn scheduler failed after turn {turn.number} of a conversation",
+        why,
+        f"row: {row if len(row) <= 200 else row[:200] + ' ...'}",
+        "fix: correct the scheduler; it returns a list of messages, or None at the end",
+    )
