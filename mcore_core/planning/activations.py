@@ -159,11 +159,19 @@ class Layers:
         mine = self.T / layout.tp
         router = mine * (2 * moe.num_experts * 4 + moe.topk * 20)
         taken = moe.topk * layout.etp
-        # the tokens that arrived, what the experts keep, the weighted product
-        tokens = shape.hidden_size * self.b
-        width = moe.ffn_hidden_size / layout.etp
-        each = tokens + self._gated(width) + width * self.b + 4
+        # the tokens that arrived, their weights, what the experts keep
+        each = shape.hidden_size * self.b + 4 + self._experts(moe.ffn_hidden_size / layout.etp)
         return router + mine * taken * each + shared
+
+    def _experts(self, width: float) -> float:
+        """Return what an expert of a width keeps a token, the weighted product among it."""
+        shape = self.shape
+        if not shape.gated:
+            return 3 * width * self.b
+        if shape.activation not in ("silu", "swish") or shape.activation_clamp is not None:
+            return 6 * width * self.b
+        # both halves and the weighted product; unfused, the activated half and the product
+        return (3 if self.rows.fused else 5) * width * self.b
 
 
 def stage_bytes(

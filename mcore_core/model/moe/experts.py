@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
@@ -234,7 +235,11 @@ class GroupedMLP(MegatronModule):  # type: ignore[misc]
         if (bias := self.linear_fc1.token_bias(counts, len(x_TH))) is not None:
             hidden = hidden + bias
         probs_T1 = probs_T.unsqueeze(-1)
-        hidden = (self._activate(hidden) * probs_T1).to(x_TH.dtype)
+        if self.config.bias_activation_fusion:
+            # keeps its input alone for the backward pass
+            hidden = weighted_bias_swiglu_impl(hidden, None, probs_T1)
+        else:
+            hidden = (self._activate(hidden) * probs_T1).to(x_TH.dtype)
         out: Tensor = self.linear_fc2(hidden, counts)
         if (bias := self.linear_fc2.token_bias(counts, len(x_TH))) is not None:
             out = out + (bias * probs_T1).to(out.dtype)
@@ -249,7 +254,9 @@ class GroupedMLP(MegatronModule):  # type: ignore[misc]
         limit = config.activation_func_clamp_value
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        scaled: Tensor = config.activation_func(gate) * (up + config.glu_linear_offset)
+        if config.glu_linear_offset:
+            up = up + config.glu_linear_offset
+        scaled: Tensor = config.activation_func(gate) * up
         return scaled
 
     def backward_dw(self) -> None:
