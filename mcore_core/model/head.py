@@ -10,7 +10,6 @@ Shapes: T tokens, C tokens of a chunk, V this rank's vocabulary rows, H hidden s
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from mcore_core.model.head_kernels import kernels
 from mcore_core.parallel.shares import Shares
 from mcore_core.protocols import HeadOut, HeadSpec, LossOutput
 
@@ -60,59 +60,6 @@ class VocabRange:
             dist.all_reduce(values, op=op, group=self.group)
 
 
-def _peak(logits_CV: Tensor) -> Tensor:
-    return logits_CV.amax(-1).float()
-
-
-def _sums(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
-    """Return sum(exp(x)) and sum(x exp(x)) of x = (logits - peak) / temperature, [2, C]."""
-    x = (logits_CV.float() - peak_C.unsqueeze(-1)) / temperature
-    e = x.exp()
-    return torch.stack((e.sum(-1), (x * e).sum(-1)))
-
-
-def _sum(logits_CV: Tensor, peak_C: Tensor, temperature: float) -> Tensor:
-    """Return sum(exp(x)) alone, [1, C]."""
-    x = (logits_CV.float() - peak_C.unsqueeze(-1)) / temperature
-    return x.exp().sum(-1).unsqueeze(0)
-
-
-def _total(logits_CV: Tensor) -> Tensor:
-    """Return the sum of the logits, [1, C]."""
-    return logits_CV.float().sum(-1).unsqueeze(0)
-
-
-def _slope(logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float) -> Tensor:
-    """Turn logits, in place, into -grad * softmax / t: the dense part of d loss / d logits."""
-    p = ((logits_CV.float() - peak_C.unsqueeze(-1)) / t - lse_C.unsqueeze(-1)).exp()
-    return logits_CV.copy_(p * (-grad_C / t).unsqueeze(-1))
-
-
-def _slope_eager(
-    logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float
-) -> Tensor:
-    """Do the same without a second [C, V] tensor where nothing fuses (float32 only)."""
-    if logits_CV.dtype is not torch.float32:
-        return _slope(logits_CV, peak_C, lse_C, grad_C, t)
-    shifted = logits_CV.sub_(peak_C.unsqueeze(-1)).div_(t).sub_(lse_C.unsqueeze(-1))
-    return shifted.exp_().mul_((-grad_C / t).unsqueeze(-1))
-
-
-@cache
-def _kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
-    """Return the element-wise parts; compiled on a GPU, where each becomes one pass over logits."""
-    functions: dict[str, Callable[..., Tensor]] = {
-        "peak": _peak,
-        "sum": _sum,
-        "sums": _sums,
-        "total": _total,
-        "slope": _slope,
-    }
-    if fused:
-        return {n: torch.compile(f) for n, f in functions.items()}
-    return functions | {"slope": _slope_eager}
-
-
 class _Chunk:
     """Logits of C tokens, their log-probabilities, and the way back."""
 
@@ -124,7 +71,7 @@ class _Chunk:
         vocab: VocabRange,
         spec: HeadSpec,
     ) -> None:
-        self.kernels = _kernels(hidden_CH.is_cuda)
+        self.kernels = kernels(hidden_CH.is_cuda)
         self.hidden_CH, self.weight_VH, self.temperature = hidden_CH, weight_VH, spec.temperature
         self.logits_CV = hidden_CH @ weight_VH.t()
         # a tensor-parallel rank may hold nothing but padding
@@ -210,8 +157,16 @@ def _accumulate(rows_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor) -> None
         rows_VH.addmm_(d_logits_CV.t(), hidden_CH)
     elif d_logits_CV.is_cuda:  # one kernel that reads 16 bits and adds in 32
         torch.addmm(rows_VH, d_logits_CV.t(), hidden_CH, out_dtype=torch.float32, out=rows_VH)
-    else:
-        rows_VH += torch.mm(d_logits_CV.t(), hidden_CH)
+    else:  # a part of the vocabulary at a time: no second [V, H] tensor
+        size = max(1, 2**24 // hidden_CH.shape[1])
+        for start in range(0, len(rows_VH), size):
+            some_CV = d_logits_CV[:, start : start + size]
+            rows_VH[start : start + size] += torch.mm(some_CV.t(), hidden_CH)
+
+
+def _bytes(hidden_TH: Tensor) -> int:
+    """Return what a logit counts; twice on a CPU, where small chunks cost no time."""
+    return hidden_TH.element_size() * (1 if hidden_TH.is_cuda else 2)
 
 
 def chunks_of(tokens: int, vocab_rows: int, element_size: int) -> Iterator[slice]:
@@ -243,7 +198,7 @@ class _LocalLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
         count = torch.zeros_like(total)
         # a teacher's logits, and float32 copies of both, are there at the same time
-        width = hidden_TH.element_size() * (1 if teacher is None else 6)
+        width = _bytes(hidden_TH) * (1 if teacher is None else 6)
         pieces = list(chunks_of(len(targets_T), vocab.rows, width))
         for where in pieces or [slice(0, 0)]:
             if not pieces:  # nothing trains here: the loss still says what it counts
@@ -269,6 +224,7 @@ class _LocalLoss(torch.autograd.Function):
                 grads.add(chunk, where, found[0], more_CV)
             total, count = total + out.total.detach(), count + out.count
             sink.append(out)
+            del chunk, compared  # their logits, before the next ones are made
         ctx.hidden_grad, ctx.weight_grad = grads.hidden_TH, grads.weight_VH
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(count)
@@ -303,7 +259,7 @@ class _LogProbabilities(torch.autograd.Function):
         sink: dict[str, Tensor],
     ) -> Tensor:
         weight_VH = weight[: vocab.rows]
-        pieces = list(chunks_of(len(targets_T), vocab.rows, hidden_TH.element_size()))
+        pieces = list(chunks_of(len(targets_T), vocab.rows, _bytes(hidden_TH)))
         logps_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         ctx.chunk = None
         for where in pieces:
@@ -313,6 +269,7 @@ class _LogProbabilities(torch.autograd.Function):
                 sink.setdefault(name, torch.zeros_like(logps_T))[where] = values_C
             if len(pieces) == 1 and any(ctx.needs_input_grad[:2]):
                 ctx.chunk = chunk
+            del chunk  # its logits, before the next ones are made
         ctx.save_for_backward(hidden_TH, weight, targets_T)
         ctx.vocab, ctx.spec = vocab, HeadSpec(temperature=spec.temperature)
         return logps_T
@@ -323,11 +280,12 @@ class _LogProbabilities(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grads = _Gradients(hidden_TH, weight, hidden=wants_hidden, weight=wants_weight)
         weight_VH, kept, ctx.chunk = weight[: ctx.vocab.rows], ctx.chunk, None
-        for where in chunks_of(len(targets_T), ctx.vocab.rows, hidden_TH.element_size()):
-            chunk = kept
+        for where in chunks_of(len(targets_T), ctx.vocab.rows, _bytes(hidden_TH)):
+            chunk, kept = kept, None
             if chunk is None:
                 chunk = _Chunk(hidden_TH[where], weight_VH, targets_T[where], ctx.vocab, ctx.spec)
             grads.add(chunk, where, grad_T[where])
+            del chunk
         weight_grad = None if grads.weight_VH is None else grads.weight_VH.to(weight.dtype)
         return grads.hidden_TH, weight_grad, *[None] * 4
 

@@ -220,11 +220,11 @@ def ends_bytes(shape: "Architecture", layout: "Layout", rows: Rows, *, vocab: in
     """Return what head and loss hold on the last stage, one chunk of logits at a time.
 
     The final norm, the gathered hidden states and their gradient; the float32 sum of the output
-    weight's gradient; two buffers of logits, which are gone when that sum is rounded to the
-    weight's own type.
+    weight's gradient; one buffer of logits, which is gone when that sum is rounded to the weight's
+    own type.
     """
     hidden, chunk = shape.hidden_size, 384 * 2**20
     local = -(-vocab // layout.tp)
     logits = min(rows.tokens * local * rows.size, chunk)
     states = rows.tokens * hidden * rows.size * (2 + (2 if not layout.sp else 1))
-    return round(states + local * hidden * 4 + max(2 * logits, local * hidden * rows.size))
+    return round(states + local * hidden * 4 + max(logits, local * hidden * rows.size))

@@ -9,7 +9,7 @@ compat.apply()  # before anything imports megatron
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from mcore_core.model import head  # noqa: E402
+from mcore_core.model import head, head_kernels  # noqa: E402
 from mcore_core.model.head import VocabRange, local_loss, log_probabilities  # noqa: E402
 from mcore_core.protocols import HeadOut, HeadSpec, LossOutput  # noqa: E402
 from mcore_core.testing.ranks import fork_ranks  # noqa: E402
@@ -113,11 +113,16 @@ def check(case, how, vocab, weight, rows=slice(None)):
     return d_hidden, hidden_grad
 
 
+@pytest.mark.parametrize("few", [head_kernels.CACHED, 100])
 @pytest.mark.parametrize("chunk_bytes", [head.CHUNK_BYTES, 1])
 @pytest.mark.parametrize("how", ["all", "local"])
-def test_random_cases(monkeypatch, how, chunk_bytes):
-    """150 shapes, vocabularies, temperatures; in one chunk and in chunks of 16 tokens."""
+def test_random_cases(monkeypatch, how, chunk_bytes, few):
+    """150 shapes, vocabularies, temperatures; in one chunk and in chunks of 16 tokens.
+
+    Either worked on at once, or one or some tokens at a time.
+    """
     monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(head_kernels, "CACHED", few)
     for seed in range(150):
         case = draw(seed)
         vocab = VocabRange(start=0, rows=case["vocab"])
