@@ -1,6 +1,7 @@
 """No option is silently ignored: code outside the option groups reads it, or it is refused."""
 
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from mcore_core.config.export import ExportConfig
@@ -26,4 +27,22 @@ def test_every_option_is_read_or_refused() -> None:
     read = set(re.findall(r"\.([a-z0-9_]+)\b", code)) | set(re.findall(r"[\"']([a-z0-9_]+)", code))
     options = {n for group in (*KERNEL_GROUPS, ExportConfig) for n in group.model_fields}
     unread = options - read - set(REFUSED) - ONLY_CHOICE - NEEDS_ITS_SWITCH
+    assert sorted(unread) == []
+
+
+def test_every_option_of_a_plugin_is_read() -> None:
+    """By other code than where it is declared, or through `self` there."""
+    groups = {
+        group
+        for plugin in entry_points(group="mcore.plugins")
+        for group in getattr(plugin.load()(), "mcore_config_groups", list)()
+    }
+    assert len(groups) > 10
+    code = ""
+    for path in [*ROOT.glob("mcore_core/**/*.py"), *ROOT.glob("plugins/*/*/**/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        declares = "(ConfigGroup)" in text
+        code += "\n".join(re.findall(r"self\.\w+", text)) if declares else text
+    read = set(re.findall(r"\.([a-z0-9_]+)\b", code)) | set(re.findall(r"[\"']([a-z0-9_]+)", code))
+    unread = {name for group in groups for name in group.model_fields} - read
     assert sorted(unread) == []
