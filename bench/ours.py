@@ -87,10 +87,10 @@ def finish_run() -> None:
 
 def run(arguments: list[Any], *, saves: bool = False) -> tuple[Watch, Path]:
     """Train to the end; return what was seen and the run folder."""
-    from mcore_core.train.loop import train
-
     watch = Watch()
     session = open_run(arguments, watch, saves=saves)
+    from mcore_core.train.loop import train  # megatron, which the platform must come before
+
     train(session)
     session.reports.end(None)
     folder = session.run.output_dir
