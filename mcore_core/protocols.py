@@ -239,7 +239,8 @@ class Recipe[B: Batch](Protocol):
     def encode(self, row: Row) -> Unit | list[Unit] | None:
         """Turn a row into a unit, or several; None drops it. Raises RowError if it is malformed.
 
-        A recipe that makes several says so with `splits = True`.
+        A recipe that makes several says so with `splits = True`. One that generates says how many
+        tokens may follow a unit with `generated_length`.
         """
 
     def prepare(self, units: list[Unit], run: "StepRun") -> Iterator[list[Unit] | Split]:

@@ -57,6 +57,20 @@ def model_plan(
     )
 
 
+def longest(max_length: int | None, recipe: Any, limit: int | None) -> int | None:  # noqa: ANN401
+    """Return the tokens of the longest sequence of a run, None where nothing bounds it.
+
+    Args:
+        max_length: Of what is encoded.
+        recipe: One that generates says by `generated_length` how many tokens may follow.
+        limit: The model's own.
+    """
+    if max_length is None:
+        return None
+    total = max_length + int(getattr(recipe, "generated_length", 0))
+    return total if limit is None else max(max_length, min(total, limit))
+
+
 def uses_engine(config: "RunConfig", platform: "Platform") -> bool:
     """Return whether Transformer Engine's layers run."""
     wanted = config[ModelConfig].transformer_impl

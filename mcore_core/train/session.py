@@ -35,7 +35,7 @@ from mcore_core.report.hub import RunReports, build_reporters
 from mcore_core.report.record import ModelFacts
 from mcore_core.rollout import EngineContext
 from mcore_core.train import folders
-from mcore_core.train.build import build_model, model_plan, wrap
+from mcore_core.train.build import build_model, longest, model_plan, wrap
 from mcore_core.train.facts import count_parameters, data_facts, environment
 from mcore_core.train.frozen import build_frozen, check_movable, largest_vocabulary
 from mcore_core.train.grow import check_new_rows, load_weights
@@ -113,10 +113,11 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
     build_recipe: Any = prepared.recipe.load()
     tokenizer = load_tokenizer(source.path)
     source = with_new_tokens(source, config, tokenizer)
+    limit = source.architecture.max_position_embeddings
     template = Template(
         tokenizer,
         config[TemplateConfig],
-        max_length=source.architecture.max_position_embeddings,
+        max_length=limit,
         splits=getattr(build_recipe, "splits", False),
     )
     recipe: Recipe[Any] = build_recipe(config, template)
@@ -142,7 +143,7 @@ def open_session(prepared: "Prepared", source: ModelSource, platform: "Platform"
         source,
         config,
         platform,
-        max_length=template.max_length,
+        max_length=longest(template.max_length, recipe, limit),
         dispatcher=find_dispatcher(config, prepared.manager.catalogue("mcore_dispatchers")),
         least_vocab=largest_vocabulary(recipe.frozen, source, config, prepared.manager),
     )

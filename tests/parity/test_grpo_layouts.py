@@ -32,6 +32,18 @@ VARIANTS = {
     },
     "bnpo": {"loss_type": "bnpo", "num_iterations": 2, "kl_in_reward": True},
 }
+OTHERS = {
+    "dr_grpo": {"loss_type": "dr_grpo", "num_iterations": 2, "delta": 1.5},
+    "cispo": {"loss_type": "cispo", "num_iterations": 2, "cispo_max_ratio": 1.05},
+    "sapo": {"loss_type": "sapo", "num_iterations": 2, "scale_rewards": "batch"},
+    "gspo-token": {
+        "importance_sampling_level": "sequence_token",
+        "num_iterations": 2,
+        "advantage_estimator": "reinforce_plus_plus",
+        "rollout_importance_sampling_mode": "sequence_mask",
+        "rollout_importance_sampling_threshold": 4.0,
+    },
+}
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
 TUNERS = {"full": {}, "lora": LORA}
 
@@ -42,7 +54,7 @@ gradient norm, on one rank; with 0.01 it is 5e-6."""
 
 
 def options(variant, tuner):
-    chosen = {**SGD, "lr": STEPS[tuner], **VARIANTS[variant], **TUNERS[tuner]}
+    chosen = {**SGD, "lr": STEPS[tuner], **{**VARIANTS, **OTHERS}[variant], **TUNERS[tuner]}
     return {**chosen, "recompute_granularity": "none"}
 
 
@@ -141,3 +153,10 @@ def test_a_thousandth_of_one_ranks_gradient_is_seen(layout, tuner):
 def test_grid(layout, variant, tuner):
     """ep2: experts are spread over the two data-parallel ranks."""
     check(layout, variant, tuner)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", OTHERS)
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2", "dp2", "ep2"])
+def test_other_losses(layout, variant):
+    check(layout, variant)

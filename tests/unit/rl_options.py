@@ -131,7 +131,7 @@ ELSEWHERE = {
     "rlhf_type": "tests/unit/test_preference_options.py",
     "micro_batch_size": "tests/unit/test_balance.py",
     "global_batch_size": "tests/unit/test_balance.py",
-    "truncation_strategy": "tests/unit/test_encode.py",
+    "truncation_strategy": "tests/unit/test_prompts.py",
     "ref_load": "tests/e2e/test_reference_adapters.py",
     "ref_adapter_load": "tests/e2e/test_reference_adapters.py",
 }

@@ -139,6 +139,12 @@ def test_whose_answers_a_step_has(lmbda):
     assert made.source(Step(5, training=False)) == wanted
 
 
+def test_how_long_sequences_become():
+    assert recipe(max_completion_length=9).generated_length == 9
+    assert recipe(max_completion_length=9, lmbda=0.0, seq_kd=True).generated_length == 9
+    assert recipe(lmbda=0.0).generated_length == 0
+
+
 def test_the_teacher():
     made = recipe(teacher_model_revision="main", offload_teacher_model=True, beta=0.1)
     teacher = made.frozen["teacher"]

@@ -1,6 +1,7 @@
 """Rotary tables against transformers' own, for the types that models here use."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,3 +179,21 @@ def test_rotate_by_hand():
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 9.0]]])
     cos, sin = torch.zeros(1, 4), torch.ones(1, 4)
     assert rotate(x, cos, sin).tolist() == [[[-3.0, -4.0, 1.0, 2.0, 9.0]]]
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "limit", "wanted"),
+    [
+        (16, 0, 64, 16),
+        (16, 32, 64, 48),  # prompts, and what follows them
+        (16, 99, 64, 64),  # not beyond what the model was made for
+        (80, 9, 64, 80),  # but where the user says so
+        (None, 9, None, None),
+        (16, 9, None, 25),
+    ],
+)
+def test_generated_tokens_count_in_the_length_that_frequencies_are_for(given, more, limit, wanted):
+    from mcore_core.train.build import longest
+
+    assert longest(given, SimpleNamespace(generated_length=more), limit) == wanted
+    assert longest(given, SimpleNamespace(), limit) == given

@@ -60,6 +60,8 @@ class GKDRecipe:
             )
         }
         self.generates = options.lmbda > 0
+        answers_are_made = self.generates or options.seq_kd
+        self.generated_length = generation.max_completion_length if answers_are_made else 0
         self.engine = config[RolloutConfig].engine if self.generates else None
         self.seed = config[TrainConfig].seed
         self._config, self._template = config, template

@@ -52,6 +52,7 @@ class GRPORecipe:
         options, generation = config[GRPOConfig], config[GenerationConfig]
         train = config[TrainConfig]
         self.options, self.length = options, generation.max_completion_length
+        self.generated_length = self.length
         self.objective = objective_of(options.loss_type)
         self.constants = constants_of(options)
         self.head = HeadSpec(temperature=generation.temperature, entropy=options.log_entropy)
