@@ -50,9 +50,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in options.models:
         for impl in options.impl:
-            rows += in_process(name, impl, options)
-    for row in rows:
-        print(line(row))
+            found = in_process(name, impl, options)
+            print("\n".join(map(line, found)), flush=True)
+            rows += found
     print(json.dumps({"tokens": options.tokens, "device": options.device, "rows": rows}))
 
 
