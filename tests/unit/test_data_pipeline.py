@@ -300,6 +300,25 @@ def test_streams_of_several_files(tmp_path, data):
     assert {q >= "50" for q in questions(islice(mixed.train, 3))} == {True, False}
 
 
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_length": 64}])
+@pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
+def test_interleaved_streams_resume_within_later_epochs(tmp_path, data, stopping, packing):
+    other = write_jsonl(tmp_path / "y.jsonl", [chat(f"{i}", "b") for i in range(50, 60)])
+    options = {"interleave_prob": [0.6, 0.4], "stopping_strategy": stopping, **packing}
+    options |= {"dataset": [data, other], "streaming": True, "num_workers": 0}
+    options |= {"shuffle_buffer_size": 7, "global_batch_size": 2}
+    whole = built(**options)
+    steps = iter(whole.train)
+    before = questions(islice(steps, 40))
+    assert len(before) > 60  # more than an epoch of the first to end
+    cursor = whole.train.state_dict()
+    resumed = built(**options)
+    resumed.train.load_state_dict(cursor)
+    rest = questions(islice(steps, 9))
+    assert questions(islice(resumed.train, 9)) == rest
+    assert {q >= "50" for q in rest} == {True, False}
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
