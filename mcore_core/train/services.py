@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from mcore_core.config.train import TrainConfig
 from mcore_core.model.names import unwrap
@@ -139,8 +140,17 @@ def _broadcast(box: list[Any], group: Any) -> None:  # noqa: ANN401
 
 @torch.no_grad()
 def blend(target: Sequence[Any], source: Sequence[Any], alpha: float) -> None:
-    """Set each weight of `target` to (1 - alpha) of itself plus alpha of `source`'s."""
+    """Set each weight of `target` to (1 - alpha) of itself plus alpha of `source`'s.
+
+    The bias by which routers balance experts goes along, though it is a buffer.
+    """
     for mine, other in zip(target, source, strict=True):
-        theirs = dict(unwrap(other).named_parameters())
-        for name, weight in unwrap(mine).named_parameters():
+        theirs = dict(_weights(other))
+        for name, weight in _weights(mine):
             weight.lerp_(theirs[name].to(weight.dtype), alpha)
+
+
+def _weights(chunk: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+    module = unwrap(chunk)
+    yield from module.named_parameters()
+    yield from ((n, b) for n, b in module.named_buffers() if n.endswith(".expert_bias"))

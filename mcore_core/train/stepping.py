@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mcore_core.checkpoint.state import gather_weights
 from mcore_core.protocols import Split
 from mcore_core.train import services
 from mcore_core.train.scoring import ScoredModel, Scorer
@@ -113,6 +114,7 @@ class StepView:
 
     def blend(self, model: str, alpha: float) -> None:
         """Move a frozen model's weights towards the policy's."""
+        gather_weights(self.services.policy)
         services.blend(self.services.frozen[model], self.services.policy, alpha)
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ import torch
 from grpo_case import build, grpo_case
 from layer_cases import LAYOUTS as WITH_EXPERTS
 from layer_cases import SHAPES
-from sft_case import LAYOUTS, SGD
+from sft_case import ADAM, LAYOUTS, SGD
 
 from mcore_core.testing.cases import assert_same, run_case
 
@@ -160,3 +160,35 @@ def test_grid(layout, variant, tuner):
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2", "dp2", "ep2"])
 def test_other_losses(layout, variant):
     check(layout, variant)
+
+
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+STILL = {"sync_ref_model": False, "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6}
+LATE = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
+"""A step's weights are gathered with the next forward pass; the reference needs them before."""
+
+
+def moved(layout, **more):
+    chosen = {**SGD, **ADAM, "lr": 1e-3, "recompute_granularity": "none", **MOVING, **more}
+    return run_case(grpo_case(rounds=3, **chosen), LAYOUTS[layout], gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("dp2", LATE),
+        pytest.param("tp2-sp", {}, marks=pytest.mark.parity),
+        pytest.param("pp2-vpp2", {}, marks=pytest.mark.parity),
+    ],
+)
+def test_a_reference_that_follows(layout, more):
+    one, run = moved("one"), moved(layout, **more)
+    one_kl, still_kl = ([r.metrics["kl"] for r in x.results] for x in (one, moved("one", **STILL)))
+    assert one_kl[0] == still_kl[0] and abs(one_kl[2] / still_kl[2] - 1) > 0.1
+    for a, b in zip(run.results, one.results, strict=True):
+        assert a.metrics["kl"] == pytest.approx(b.metrics["kl"], rel=1e-4)
+        assert a.loss == pytest.approx(b.loss, rel=1e-4, abs=1e-5)

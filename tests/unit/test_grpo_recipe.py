@@ -138,6 +138,29 @@ def test_weights_change_only_when_nothing_is_under_way_unless_rollouts_are_parti
     assert mixed == [False, True]
 
 
+def test_a_resumed_run_trains_the_rounds_that_were_ahead(tmp_path):
+    """No prompt is lost and none comes twice; what was under way is asked for anew."""
+    options = {"async_generate": True, "max_staleness": 2, "use_vllm": True, "beta": 0.1}
+
+    def asked(taken):
+        return [sorted({int(u["input_ids"][1]) for u in units}) for units in taken]
+
+    def train(made, run, source, number):
+        return [units for _ in range(number) for units in steps(made, next(source), run)]
+
+    whole_source = (prompts(1, i) for i in range(30))
+    whole = train(recipe(tmp_path, **options), Run(Engine(), draws=whole_source), whole_source, 5)
+    source = (prompts(1, i) for i in range(30))
+    made = recipe(tmp_path, **options)
+    before = train(made, Run(Engine(), draws=source), source, 2)
+    again, other = recipe(tmp_path, **options), Engine()
+    again.load_state_dict(made.state_dict())
+    after = train(again, Run(other, draws=source, step=3), source, 3)
+    assert asked(before) + asked(after) == asked(whole)
+    assert len({tuple(a) for a in asked(whole)}) == 5
+    assert len(other.requests) == 4 * 5, "two rounds that were ahead, and three more"
+
+
 def test_asynchrony_corrects_for_what_is_stale(tmp_path):
     made = recipe(tmp_path, async_generate=True, use_vllm=True)
     run = Run(Engine(), draws=(prompts(1, i) for i in range(10, 30)))

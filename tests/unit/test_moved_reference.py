@@ -25,6 +25,17 @@ def test_weights_go_the_share_of_the_way():
         assert torch.equal(dict(policy.named_parameters())[name], kept[name])
 
 
+def test_the_bias_of_routers_goes_along_and_counts_do_not():
+    ref, policy = (torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2))
+    for model, value in ((ref, 0.0), (policy, 1.0)):
+        model[0].register_buffer("expert_bias", torch.full((2,), value))
+        model[0].register_buffer("local_tokens_per_expert", torch.full((2,), value))
+    blend([ref], [policy], 0.25)
+    assert ref[0].expert_bias.tolist() == [0.25, 0.25]
+    assert ref[0].local_tokens_per_expert.tolist() == [0.0, 0.0]
+    assert policy[0].expert_bias.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("other", "found"),
     [
