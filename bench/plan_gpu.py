@@ -249,9 +249,21 @@ def measured(name: str, impl: str, recompute: str, options: argparse.Namespace) 
             session.stepper.forward.hidden(placed[0], chunk)
         kept = saved.bytes
     found["kept"] = pair(kept, kept_of(session, shape, on_gpu=on_gpu))
+    let_go(chunk)
     del session, chunk
     gc.collect()
     return found
+
+
+def let_go(chunk: Any) -> None:  # noqa: ANN401
+    """Drop what dispatchers hold of their last tokens: it would keep the model in memory."""
+    import torch
+
+    for module in chunk.modules():
+        held = vars(getattr(module, "token_dispatcher", None) or argparse.Namespace())
+        for name, value in list(held.items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                held[name] = None
 
 
 def kept_of(session: Any, shape: Any, *, on_gpu: bool) -> int:  # noqa: ANN401
