@@ -80,6 +80,7 @@ def load(run: Trainable, checkpoint: Checkpoint, options: CheckpointConfig) -> L
         for i, chunk in enumerate(chunks):
             _fill(unwrap(chunk), state[moved_key(name, i)], checkpoint, None)
     if wants_optimizer:
+        _complete(state["optimizer"])
         run.optimizer.load_state_dict(state["optimizer"])
     elif run.optimizer is not None:
         run.optimizer.reload_model_params()
@@ -100,6 +101,26 @@ def _check_same_kind(run: Trainable, checkpoint: Checkpoint) -> None:
             f"fix: {flag} (every size of the layout may change), or --no_load_optim, which starts "
             "with a fresh optimizer",
         )
+
+
+def _complete(state: dict[Any, Any]) -> None:
+    """Add what optimizers lack that had no parameter on a stage: experts have one of their own.
+
+    Loading leaves out the empty state of a stage without experts. Saving writes the step of the
+    first stage's optimizers alone; all of them take their steps together.
+    """
+    parts = [value for key, value in state.items() if isinstance(key, int)]
+    inner = [p for part in parts if "param_groups" in (p := part.get("optimizer", part))]
+    for part in inner:
+        part.setdefault("state", {})
+    groups = [group for part in inner for group in part["param_groups"]]
+    steps = [part["state"]["common_step"] for part in inner if "common_step" in part["state"]]
+    for part in inner if steps else ():
+        if part["state"]:
+            part["state"].setdefault("common_step", steps[0])
+    counts = [group["step"] for group in groups if "step" in group]  # fused Adams count there
+    for group in groups if counts else ():
+        group.setdefault("step", counts[0])
 
 
 def _cause(error: BaseException) -> str:

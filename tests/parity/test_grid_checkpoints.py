@@ -125,6 +125,13 @@ def test_experts_come_together_and_part(tmp_path, source, name, optimizer):
     resumed(tmp_path, "moe", source, name, optimizer, optimizer)
 
 
+@pytest.mark.parametrize("optimizer", [SHARDED, WHOLE], ids=["distributed", "whole"])
+@pytest.mark.parametrize(("source", "name"), [("one", "pp4"), ("pp4", "ep2"), ("pp4-dp2", "pp2")])
+def test_stages_without_experts(tmp_path, source, name, optimizer):
+    """The first stage holds no experts: it has no state of their optimizer, nor its step."""
+    resumed(tmp_path, "moe", source, name, optimizer, optimizer)
+
+
 @pytest.mark.parametrize(("optimizer", "other"), [(SHARDED, WHOLE), (WHOLE, SHARDED)])
 def test_the_other_kind_of_optimizer_is_refused(tmp_path, optimizer, other):
     with pytest.raises(AssertionError, match=r"MC709.*saved with --use_distributed_optimizer"):

@@ -106,7 +106,7 @@ def test_head_and_loss_are_what_an_h100_showed():
     )  # fmt: skip
     rows = Rows(tokens=8192, size=2, fused=True, recompute=Recompute())
     found = ends_bytes(shape, Layout(), rows, vocab=151936)
-    assert found / GIB == pytest.approx(1.286, rel=0.03)
+    assert found / GIB == pytest.approx(0.913, rel=0.03)
 
 
 def test_ranks_of_a_pipeline_in_flight():
