@@ -42,6 +42,25 @@ def _slope(logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: 
     return logits_CV.copy_(p * (-grad_C / t).unsqueeze(-1))
 
 
+def _sum_in_place(logits_CV: Tensor, peak_C: Tensor, t: float) -> Tensor:
+    """Do what `_sum` does with one tensor."""
+    x = logits_CV.float() - peak_C.unsqueeze(-1)
+    if t != 1:
+        x.div_(t)
+    return x.exp_().sum(-1).unsqueeze(0)
+
+
+def _slope_in_place(
+    logits_CV: Tensor, peak_C: Tensor, lse_C: Tensor, grad_C: Tensor, t: float
+) -> Tensor:
+    """Do what `_slope` does, in float32 without any other tensor."""
+    x = logits_CV.float().sub_(peak_C.unsqueeze(-1))  # a copy where there are 16 bits
+    if t != 1:
+        x.div_(t)
+    x.sub_(lse_C.unsqueeze(-1)).exp_().mul_((-grad_C / t).unsqueeze(-1))
+    return logits_CV if x.dtype is logits_CV.dtype else logits_CV.copy_(x)
+
+
 def _few(tokens: int, vocabulary: int) -> Iterator[slice]:
     """Yield slices of tokens, as many as are worked on at a time."""
     size = max(1, CACHED // max(1, vocabulary))
@@ -71,7 +90,7 @@ def _slope_by_rows(
 ) -> Tensor:
     """Do what `_slope` does, a few tokens at a time."""
     for some in _few(*logits_CV.shape):
-        _slope(logits_CV[some], peak_C[some], lse_C[some], grad_C[some], t)
+        _slope_in_place(logits_CV[some], peak_C[some], lse_C[some], grad_C[some], t)
     return logits_CV
 
 
@@ -87,4 +106,5 @@ def kernels(fused: bool) -> dict[str, Callable[..., Tensor]]:
     }
     if fused:
         return {n: torch.compile(f) for n, f in functions.items()}
+    functions["sum"] = _sum_in_place
     return {n: _by_rows(f) for n, f in functions.items()} | {"slope": _slope_by_rows}
