@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of either loop; the first 3 are warm-up")
     parser.add_argument("--limit", type=float, default=1.03, help="exit 1 above this ratio")
     parser.add_argument(
-        "--fixed-limit", type=float, default=2.0, help="exit 1 above so many ms a short step"
+        "--fixed-limit", type=float, default=1.5, help="exit 1 above so many ms a short step"
     )
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

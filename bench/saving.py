@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ours import run
-from sft_cpu import write_texts
+from sft_cpu import packed, write_texts
 
 BOUND = 10
 WARM = 2
@@ -66,23 +66,11 @@ def measure(
     model: str, data: Path, save: Path, kind: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, float]:
     """Return the seconds of a step and of a save, the save in steps, and the size of one."""
-    values: dict[str, Any] = {
-        "plugin": "sft",
-        "model": model,
-        "dataset": data,
-        "save": save,
-        "add_version": "false",
-        "packing": "true",
-        "packing_length": options.length,
-        "max_length": options.length,
-        "truncation_strategy": "right",
-        "micro_batch_size": 1,
+    values = packed(model, data, save, options.length) | {
         "global_batch_size": 1,
         "train_iters": WARM + options.every * (1 + options.saves),
         "save_interval": options.every,
         "torch_dtype": "float32",
-        "recompute_granularity": "none",
-        "load_from_cache_file": "true",
         "num_workers": 0,
         **kind,
     }

@@ -87,28 +87,34 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     return {**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_mcore(model: str, data: Path, save: Path, kind: str, options: argparse.Namespace) -> float:
-    """Return tokens a second of `mcore run`."""
-    values: dict[str, Any] = {
+def packed(model: str, data: Path, save: Path, length: int) -> dict[str, Any]:
+    """Return the options of `mcore run` on packed rows, one at a time."""
+    return {
         "plugin": "sft",
         "model": model,
         "dataset": data,
         "save": save,
         "add_version": "false",
         "packing": "true",
-        "packing_length": options.length,
-        "max_length": options.length,
+        "packing_length": length,
+        "max_length": length,
         "truncation_strategy": "right",
         "micro_batch_size": 1,
+        "recompute_granularity": "none",
+        "load_from_cache_file": "true",
+    }
+
+
+def run_mcore(model: str, data: Path, save: Path, kind: str, options: argparse.Namespace) -> float:
+    """Return tokens a second of `mcore run`."""
+    values = packed(model, data, save, options.length) | {
         "global_batch_size": options.rows,
         "train_iters": options.steps + WARM,
         "torch_dtype": options.dtype,
         "tuner_type": kind,
         "lr": 1e-5,
-        "recompute_granularity": "none",
         "save_safetensors": "false",
         "no_save_optim": "true",
-        "load_from_cache_file": "true",
     }
     if kind == "lora":
         values |= {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0}
